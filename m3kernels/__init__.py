@@ -1,0 +1,30 @@
+"""Kernels of M3-Embedding as torch ops: variable-length attention, MaxSim, and the sparse head with its scores.
+
+Every op works on packed rows and offsets (see m3kernels.packing), forward and backward, on CPU and GPU, and has its
+plain PyTorch meaning beside it in `m3kernels.<op>.reference`.
+"""
+
+from m3kernels._version import __version__
+from m3kernels.attention import flash_attention, flash_attention_varlen, varlen_attn
+from m3kernels.build_info import BuildInfo, build_info
+from m3kernels.maxsim import maxsim, maxsim_pairs
+from m3kernels.packing import offsets_from_lengths, pack, unpack
+from m3kernels.sparse import SparseBatch, sparse_embed, sparse_pool, sparse_scores
+
+__all__ = [
+    "BuildInfo",
+    "SparseBatch",
+    "__version__",
+    "build_info",
+    "flash_attention",
+    "flash_attention_varlen",
+    "maxsim",
+    "maxsim_pairs",
+    "offsets_from_lengths",
+    "pack",
+    "sparse_embed",
+    "sparse_pool",
+    "sparse_scores",
+    "unpack",
+    "varlen_attn",
+]

@@ -1,0 +1,179 @@
+"""Registration of `m3::maxsim_forward`, `m3::maxsim_pairs_forward` and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3kernels import _library
+from m3kernels._checks import check_offset_values
+from m3kernels.maxsim import reference
+
+_ROWS = "Tensor queries, Tensor passages, Tensor query_offsets, Tensor passage_offsets"
+_library.define(
+    f"maxsim_forward({_ROWS}, Tensor? zero_floor, bool mean, bool save_argmax, bool allow_tf32) -> (Tensor, Tensor)"
+)
+_library.define(
+    f"maxsim_backward(Tensor grad, {_ROWS}, Tensor? zero_floor, Tensor argmax, bool mean, bool allow_tf32)"
+    " -> (Tensor, Tensor)"
+)
+_library.define(
+    f"maxsim_pairs_forward({_ROWS}, Tensor pairs, Tensor? zero_floor, bool mean, bool allow_tf32) -> Tensor"
+)
+_library.define(
+    f"maxsim_pairs_backward(Tensor grad, {_ROWS}, Tensor pairs, Tensor? zero_floor, bool mean, bool allow_tf32)"
+    " -> (Tensor, Tensor)"
+)
+
+
+def _check_values(queries: Tensor, passages: Tensor, query_offsets: Tensor, passage_offsets: Tensor) -> None:
+    check_offset_values("query_offsets", query_offsets, queries.shape[0])
+    check_offset_values("passage_offsets", passage_offsets, passages.shape[0])
+
+
+def _check_pairs(pairs: Tensor, query_offsets: Tensor, passage_offsets: Tensor) -> None:
+    for column, (side, offsets) in enumerate((("queries", query_offsets), ("passages", passage_offsets))):
+        numbers = pairs[:, column].numpy()
+        count = offsets.shape[0] - 1
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= count):
+            raise ValueError(
+                f"pairs[:, {column}] runs from {numbers.min()} to {numbers.max()}, but there are {count} {side}"
+            )
+
+
+def _forward_cpu(
+    queries: Tensor,
+    passages: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    zero_floor: Tensor | None,
+    mean: bool,
+    save_argmax: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_values(queries, passages, query_offsets, passage_offsets)
+    scores, argmax = reference.maxsim(queries, passages, query_offsets, passage_offsets, zero_floor, mean)
+    return scores, argmax if save_argmax else argmax[:0].clone()
+
+
+def _backward_cpu(
+    grad: Tensor,
+    queries: Tensor,
+    passages: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    zero_floor: Tensor | None,
+    argmax: Tensor,
+    mean: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = (queries, passages, query_offsets, passage_offsets)
+    if argmax.shape[0] != queries.shape[0]:
+        argmax = reference.maxsim(*rows, zero_floor, mean)[1]
+    return reference.maxsim_backward(grad, *rows, argmax, mean)
+
+
+def _pairs_forward_cpu(
+    queries: Tensor,
+    passages: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    pairs: Tensor,
+    zero_floor: Tensor | None,
+    mean: bool,
+    allow_tf32: bool,
+) -> Tensor:
+    _check_values(queries, passages, query_offsets, passage_offsets)
+    _check_pairs(pairs, query_offsets, passage_offsets)
+    return reference.maxsim_pairs(queries, passages, query_offsets, passage_offsets, pairs, zero_floor, mean)
+
+
+def _pairs_backward_cpu(
+    grad: Tensor,
+    queries: Tensor,
+    passages: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    pairs: Tensor,
+    zero_floor: Tensor | None,
+    mean: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = (queries, passages, query_offsets, passage_offsets)
+    return reference.maxsim_pairs_backward(grad, *rows, pairs, zero_floor, mean)
+
+
+for _name, _function in (
+    ("maxsim_forward", _forward_cpu),
+    ("maxsim_backward", _backward_cpu),
+    ("maxsim_pairs_forward", _pairs_forward_cpu),
+    ("maxsim_pairs_backward", _pairs_backward_cpu),
+):
+    _library.implement(_name, "CPU", _function)
+
+
+def _score_dtype(rows: Tensor) -> torch.dtype:
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("m3::maxsim_forward", lib=_library.LIBRARY)
+def _forward_fake(
+    queries: Tensor,
+    passages: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    zero_floor: Tensor | None,
+    mean: bool,
+    save_argmax: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    count = passage_offsets.shape[0] - 1
+    scores = queries.new_empty((query_offsets.shape[0] - 1, count), dtype=_score_dtype(queries))
+    return scores, query_offsets.new_empty((queries.shape[0] if save_argmax else 0, count))
+
+
+@torch.library.register_fake("m3::maxsim_backward", lib=_library.LIBRARY)
+def _backward_fake(grad: Tensor, queries: Tensor, passages: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(queries), torch.empty_like(passages)
+
+
+@torch.library.register_fake("m3::maxsim_pairs_forward", lib=_library.LIBRARY)
+def _pairs_forward_fake(
+    queries: Tensor, passages: Tensor, query_offsets: Tensor, passage_offsets: Tensor, pairs: Tensor, *_options: Any
+) -> Tensor:
+    return queries.new_empty((pairs.shape[0],), dtype=_score_dtype(queries))
+
+
+@torch.library.register_fake("m3::maxsim_pairs_backward", lib=_library.LIBRARY)
+def _pairs_backward_fake(grad: Tensor, queries: Tensor, passages: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(queries), torch.empty_like(passages)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    queries, passages, query_offsets, passage_offsets, zero_floor, ctx.mean, _, ctx.allow_tf32 = inputs
+    argmax = output[1]
+    ctx.mark_non_differentiable(argmax)
+    ctx.save_for_backward(queries, passages, query_offsets, passage_offsets, zero_floor, argmax)
+
+
+def _autograd(ctx: Any, grad: Tensor, _grad_argmax: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.m3.maxsim_backward(grad.contiguous(), *ctx.saved_tensors, ctx.mean, ctx.allow_tf32)
+    return (*grads, None, None, None, None, None, None)
+
+
+def _pairs_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.mean, ctx.allow_tf32 = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _pairs_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.m3.maxsim_pairs_backward(grad.contiguous(), *ctx.saved_tensors, ctx.mean, ctx.allow_tf32)
+    return (*grads, None, None, None, None, None, None)
+
+
+torch.library.register_autograd("m3::maxsim_forward", _autograd, setup_context=_context, lib=_library.LIBRARY)
+torch.library.register_autograd(
+    "m3::maxsim_pairs_forward", _pairs_autograd, setup_context=_pairs_context, lib=_library.LIBRARY
+)
