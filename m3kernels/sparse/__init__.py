@@ -36,7 +36,7 @@ def sparse_pool(
     """
     check_tensor("token_weights", token_weights, dims=1)
     _check_tokens(token_ids, offsets, token_weights.shape[0], token_weights.device)
-    ids, weights, pooled, _ = torch.ops.m3.sparse_pool(token_weights, token_ids, offsets, list(ignored_ids))
+    weights, ids, pooled, _ = torch.ops.m3.sparse_pool(token_weights, token_ids, offsets, list(ignored_ids))
     return SparseBatch(ids, weights, pooled)
 
 
@@ -69,7 +69,7 @@ def sparse_embed(
     if bias.shape[0] != 1:
         raise ValueError(f"bias has {bias.shape[0]} entries; accepted: 1")
     _check_tokens(token_ids, offsets, hidden.shape[0], hidden.device)
-    ids, weights, pooled, _ = torch.ops.m3.sparse_embed(hidden, weight, bias, token_ids, offsets, list(ignored_ids))
+    weights, ids, pooled, _ = torch.ops.m3.sparse_embed(hidden, weight, bias, token_ids, offsets, list(ignored_ids))
     return SparseBatch(ids, weights, pooled)
 
 

@@ -11,7 +11,7 @@ from m3kernels import _library
 from m3kernels._checks import check_offset_values
 from m3kernels.sparse import reference
 
-_ENTRIES = "(Tensor, Tensor, Tensor, Tensor)"
+_ENTRIES = "(Tensor weights, Tensor token_ids, Tensor offsets, Tensor rows)"
 _SIDES = (
     "Tensor query_ids, Tensor query_weights, Tensor query_offsets,"
     " Tensor passage_ids, Tensor passage_weights, Tensor passage_offsets"
@@ -74,7 +74,7 @@ for _name, _function in (
 
 def _entries_fake(weights: Tensor, offsets: Tensor, total: int) -> Entries:
     ids = offsets.new_empty((total,))
-    return ids, weights.new_empty((total,)), torch.empty_like(offsets), torch.empty_like(ids)
+    return weights.new_empty((total,)), ids, torch.empty_like(offsets), torch.empty_like(ids)
 
 
 @torch.library.register_fake("m3::sparse_pool", lib=_library.LIBRARY)
@@ -128,23 +128,23 @@ def _scores_backward_fake(
 
 
 def _pool_context(ctx: Any, inputs: tuple[Any, ...], output: Entries) -> None:
-    ids, _, offsets, rows = output
+    _, ids, offsets, rows = output
     ctx.mark_non_differentiable(ids, offsets, rows)
     ctx.save_for_backward(rows)
 
 
-def _pool_autograd(ctx: Any, _ids: Tensor, grad_weights: Tensor, *_rest: Tensor) -> tuple[Tensor, None, None, None]:
+def _pool_autograd(ctx: Any, grad_weights: Tensor, *_rest: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.m3.sparse_pool_backward(grad_weights, *ctx.saved_tensors), None, None, None
 
 
 def _embed_context(ctx: Any, inputs: tuple[Any, ...], output: Entries) -> None:
     hidden, weight, *_ = inputs
-    ids, _, offsets, rows = output
+    _, ids, offsets, rows = output
     ctx.mark_non_differentiable(ids, offsets, rows)
     ctx.save_for_backward(hidden, weight, rows)
 
 
-def _embed_autograd(ctx: Any, _ids: Tensor, grad_weights: Tensor, *_rest: Tensor) -> tuple[Tensor | None, ...]:
+def _embed_autograd(ctx: Any, grad_weights: Tensor, *_rest: Tensor) -> tuple[Tensor | None, ...]:
     return (*torch.ops.m3.sparse_embed_backward(grad_weights, *ctx.saved_tensors), None, None, None)
 
 

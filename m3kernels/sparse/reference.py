@@ -28,7 +28,7 @@ def sparse_pool(
     Args:
         token_weights: [T]; token_ids: int32 [T]; offsets: int32 [N + 1].
     Returns:
-        ids int32 [T], weights [T], offsets int32 [N + 1], rows int32 [T]: winner of each entry, -1 past the end.
+        weights [T], ids int32 [T], offsets int32 [N + 1], rows int32 [T]: winner of each entry, -1 past the end.
     """
     total = token_weights.shape[0]
     device = token_weights.device
@@ -51,7 +51,7 @@ def sparse_pool(
     live = torch.arange(total, device=device) < pooled[-1]
     ids = torch.where(live, token_ids[winners], NO_ID).to(torch.int32)
     weights = torch.where(live, token_weights[winners], 0)
-    return ids, weights, pooled, torch.where(live, winners, -1).to(torch.int32)
+    return weights, ids, pooled, torch.where(live, winners, -1).to(torch.int32)
 
 
 def sparse_pool_backward(grad_weights: Tensor, rows: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def sparse_embed(
 
     The maximum compares float32 weights; the result is rounded to the dtype of hidden.
     """
-    ids, weights, pooled, rows = sparse_pool(token_weights(hidden, weight, bias), token_ids, offsets, ignored_ids)
-    return ids, weights.to(hidden.dtype), pooled, rows
+    weights, ids, pooled, rows = sparse_pool(token_weights(hidden, weight, bias), token_ids, offsets, ignored_ids)
+    return weights.to(hidden.dtype), ids, pooled, rows
 
 
 def sparse_embed_backward(
