@@ -148,7 +148,15 @@ if CUDA_HOME is not None:
         include_dirs=[str(ROOT / "csrc" / "include")],
         py_limited_api=True,
         extra_compile_args=COMPILE_FLAGS,
-        extra_link_args=[f"-L{libraries}", "-lcudart_static", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"],
+        extra_link_args=[
+            "-Wl,-z,defs",
+            f"-L{libraries}",
+            "-lcudart_static",
+            "-lrt",
+            "-ldl",
+            "-lpthread",
+            "-Wl,--exclude-libs,ALL",
+        ],
     )
     cuda_extension.cuda_sources = sources("csrc/cuda/*.cu")
     extensions.append(cuda_extension)
