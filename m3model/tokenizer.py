@@ -1,0 +1,204 @@
+"""Texts to packed token ids, with the tokenizer files of a model folder.
+
+The folder's tokenizer.json is used as it is, through the `tokenizers` library: transformers' own XLM-R class tokenizes
+some texts (" ", literal special tokens) differently from one version to the next.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+__all__ = ["TOKENIZER_FILES", "Ids", "TextTokenizer", "Tokenized", "check_texts", "warn_of_cuts"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SPECIAL_ROLES = (("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token",), ("unk_token",))
+
+
+Ids = NDArray[np.int32]
+
+
+class Tokenized(NamedTuple):
+    """Token ids of each text, how many texts were cut, and the tokens of the longest before that."""
+
+    ids: list[Ids]
+    cut: int
+    longest: int
+
+
+class TextTokenizer:
+    """Tokenizer of a model folder.
+
+    Attributes:
+        files: name to contents of the folder's tokenizer files, kept so that a model can be saved without its source.
+        special_ids: ids of cls, eos, pad and unk, the tokens that never enter a sparse vector.
+        overhead: how many special tokens surround a text.
+    """
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        self.backend = _backend(files)
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.special_ids = _special_ids(self.backend, files)
+        self._prefix, self._suffix = _surroundings(self.backend)
+        self.overhead = len(self._prefix) + len(self._suffix)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> TextTokenizer:
+        """The tokenizer of a model folder.
+
+        Raises:
+            FileNotFoundError: the folder has no tokenizer.
+            ValueError: its files cannot be read.
+        """
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        if not files.keys() & {"tokenizer.json", "sentencepiece.bpe.model", "vocab.txt"}:
+            raise FileNotFoundError(f"{folder} has no tokenizer: expected tokenizer.json")
+        try:
+            return cls(files)
+        except Exception as error:
+            raise ValueError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+
+    def __len__(self) -> int:
+        """Number of ids, added tokens included."""
+        size: int = self.backend.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def token(self, token_id: int) -> str:
+        """The piece of vocabulary with this id, such as "▁the".
+
+        Raises:
+            ValueError: there is none.
+        """
+        piece: str | None = self.backend.id_to_token(token_id)
+        if piece is None:
+            raise ValueError(f"token_id is {token_id}; the tokenizer has ids from 0 to {len(self) - 1}")
+        return piece
+
+    def encode(self, texts: Sequence[str], max_length: int, prefix: str = "") -> Tokenized:
+        """Token ids of `prefix` + each text, special tokens around it, cut at the end to `max_length` ids.
+
+        Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
+
+        Raises:
+            TypeError: texts is no list of strings.
+            ValueError: max_length leaves no room beside the special tokens.
+        """
+        check_texts(texts)
+        self.check_max_length(max_length)
+        room = max_length - self.overhead
+        prepared = [_encodable(prefix + text) for text in texts]
+        rows = [encoding.ids for encoding in self.backend.encode_batch_fast(prepared, add_special_tokens=False)]
+        lengths = [len(ids) + self.overhead for ids in rows]
+        return Tokenized(
+            [np.array([*self._prefix, *ids[:room], *self._suffix], dtype=np.int32) for ids in rows],
+            sum(length > max_length for length in lengths),
+            max(lengths, default=0),
+        )
+
+    def check_max_length(self, max_length: int) -> None:
+        """Raise ValueError unless max_length is a whole number with room for a token beside the special ones."""
+        if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length <= self.overhead:
+            raise ValueError(
+                f"max_length is {max_length!r}; accepted: a whole number above the {self.overhead} special tokens"
+            )
+
+    def set_model_max_length(self, max_length: int) -> None:
+        """Write `max_length` into tokenizer_config.json, where transformers takes its limit from."""
+        settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+        settings["model_max_length"] = max_length
+        self.files["tokenizer_config.json"] = json.dumps(settings, indent=2, ensure_ascii=False).encode()
+
+
+def warn_of_cuts(parts: Sequence[Tokenized], max_length: int, *, stacklevel: int) -> None:
+    """One warning that says how many texts of all parts were cut, if any was."""
+    cut = sum(part.cut for part in parts)
+    if cut:
+        longest = max(part.longest for part in parts)
+        warnings.warn(
+            f"{cut} text{'s are' if cut > 1 else ' is'} longer than {max_length} tokens and cut there"
+            f" (the longest has {longest})",
+            stacklevel=stacklevel,
+        )
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raise TypeError unless texts is a list (or another sequence) of strings."""
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
+        raise TypeError(f"texts must be a list of strings, got {type(texts).__name__}")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{number}] must be a string, got {type(text).__name__}")
+
+
+def _encodable(text: str) -> str:
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _backend(files: dict[str, bytes]) -> Tokenizer:
+    if "tokenizer.json" in files:
+        stored: Tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
+        return stored
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        backend: Tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+        return backend
+
+
+def _surroundings(backend: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and after every text."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    for begin in range(len(full) - len(bare) + 1):
+        if full[begin : begin + len(bare)] == bare:
+            break
+    else:
+        raise ValueError(f"special tokens change the text itself: {bare} becomes {full}")
+    prefix, suffix = full[:begin], full[begin + len(bare) :]
+    if not prefix:
+        raise ValueError("it puts no token before a text, but the dense vector is the state of such a token")
+    return prefix, suffix
+
+
+def _special_ids(backend: Tokenizer, files: dict[str, bytes]) -> tuple[int, ...]:
+    """Ids of cls, eos, pad and unk, as named by the folder's files and otherwise by their usual names."""
+    named: dict[str, object] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if name in files:
+            named |= json.loads(files[name])
+    ids: list[int] = []
+    for role in _SPECIAL_ROLES:
+        for key in role:
+            content = named.get(key)
+            content = content.get("content") if isinstance(content, dict) else content
+            token_id = backend.token_to_id(content) if isinstance(content, str) else None
+            if token_id is not None and token_id not in ids:
+                ids.append(token_id)
+    for usual in ("<s>", "</s>", "<pad>", "<unk>", "[CLS]", "[SEP]", "[PAD]", "[UNK]") if not ids else ():
+        token_id = backend.token_to_id(usual)
+        if token_id is not None:
+            ids.append(token_id)
+    return tuple(ids)
