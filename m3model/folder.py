@@ -130,8 +130,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent))
     try:
         yield fresh
-        fresh.chmod(0o777 & ~_umask())
+        mask = _umask()
         for path in (*fresh.iterdir(), fresh):
+            path.chmod((0o777 if path is fresh else 0o666) & ~mask)
             _flush(path)
         _replace(target, fresh)
         _flush(target.parent)
