@@ -130,12 +130,26 @@ def _check_lengths(offsets: Tensor, total_rows: int, max_length: int) -> None:
 
 def _pack_cpu(padded: Tensor, offsets: Tensor, total_rows: int) -> Tensor:
     _check_lengths(offsets, total_rows, padded.shape[1])
-    return _pack_reference(padded, offsets, total_rows)
+    kernel = _library.cpu_kernel("pack") or _pack_reference
+    packed: Tensor = kernel(padded.contiguous(), offsets.contiguous(), total_rows)
+    return packed
 
 
 def _unpack_cpu(rows: Tensor, offsets: Tensor, max_length: int) -> Tensor:
     _check_lengths(offsets, rows.shape[0], max_length)
-    return _unpack_reference(rows, offsets, max_length)
+    kernel = _library.cpu_kernel("unpack") or _unpack_reference
+    padded: Tensor = kernel(rows.contiguous(), offsets.contiguous(), max_length)
+    return padded
+
+
+def _pack_cuda(padded: Tensor, offsets: Tensor, total_rows: int) -> Tensor:
+    packed: Tensor = _library.cuda_kernel("pack")(padded.contiguous(), offsets.contiguous(), total_rows)
+    return packed
+
+
+def _unpack_cuda(rows: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+    padded: Tensor = _library.cuda_kernel("unpack")(rows.contiguous(), offsets.contiguous(), max_length)
+    return padded
 
 
 def _pack_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -160,6 +174,8 @@ def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 _library.implement("pack", "CPU", _pack_cpu)
 _library.implement("unpack", "CPU", _unpack_cpu)
+_library.implement("pack", "CUDA", _pack_cuda)
+_library.implement("unpack", "CUDA", _unpack_cuda)
 
 
 @torch.library.register_fake("m3::pack", lib=_library.LIBRARY)

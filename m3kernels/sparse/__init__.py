@@ -19,7 +19,9 @@ def sparse_pool(
 ) -> SparseBatch:
     """Sparse vector of each sequence: the largest weight of every token id (paper section 3.2, arXiv 2402.03216).
 
-    Of equal weights the first row wins and alone gets the gradient; weights that are 0 are left out; a NaN stays NaN.
+    Of equal weights the first row wins and alone gets the gradient, as in FlagEmbedding's training formula (torch.max
+    over a dimension); torch.amax and scatter_reduce("amax") would split it among them. Weights that are 0 are left out,
+    so they get no gradient; a NaN wins and stays NaN.
 
     Args:
         token_weights: [T], at least 0; float32, bfloat16, float16 (float64 through the reference).
@@ -32,7 +34,7 @@ def sparse_pool(
 
     Raises:
         TypeError: a dtype other than those above.
-        ValueError: shapes, devices or offsets (by value on the CPU) do not fit.
+        ValueError: shapes or devices do not fit; on the CPU also by value: offsets, token ids out of range.
     """
     check_tensor("token_weights", token_weights, dims=1)
     _check_tokens(token_ids, offsets, token_weights.shape[0], token_weights.device)
@@ -84,7 +86,7 @@ def sparse_scores(queries: SparseBatch, passages: SparseBatch) -> Tensor:
 
     Raises:
         TypeError: not SparseBatches, or dtypes that are not accepted or differ.
-        ValueError: shapes or devices do not fit.
+        ValueError: shapes or devices do not fit; on the CPU also by value: offsets, ids that do not increase in a text.
     """
     for name, batch in (("queries", queries), ("passages", passages)):
         if not isinstance(batch, SparseBatch):
@@ -104,4 +106,6 @@ def _check_tokens(token_ids: Tensor, offsets: Tensor, total: int, device: torch.
     check_tensor("token_ids", token_ids, dims=1, dtypes=(torch.int32,), device=device)
     if token_ids.shape[0] != total:
         raise ValueError(f"token_ids has {token_ids.shape[0]} entries, but there are {total} rows")
+    if total >= 2**31:
+        raise ValueError(f"there are {total} rows; accepted: fewer than 2**31, because offsets are int32")
     check_offsets("offsets", offsets, device)

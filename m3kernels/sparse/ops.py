@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from m3kernels import _library
 from m3kernels._checks import check_offset_values
 from m3kernels.sparse import reference
+from m3kernels.sparse.batch import NO_ID
 
 _ENTRIES = "(Tensor weights, Tensor token_ids, Tensor offsets, Tensor rows)"
 _SIDES = (
@@ -31,45 +33,93 @@ _library.define(f"sparse_scores_backward(Tensor grad, {_SIDES}) -> (Tensor, Tens
 Entries = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _pool_cpu(token_weights: Tensor, token_ids: Tensor, offsets: Tensor, ignored_ids: list[int]) -> Entries:
-    check_offset_values("offsets", offsets, token_weights.shape[0])
-    return reference.sparse_pool(token_weights, token_ids, offsets, ignored_ids)
+def _kernel(name: str, values: Tensor) -> Callable[..., Any]:
+    """What computes op `name` for the device and dtype of `values`."""
+    compiled = None
+    if values.dtype != torch.float64:
+        compiled = _library.cpu_kernel(name) if values.device.type == "cpu" else _library.cuda_kernel(name)
+    meaning: Callable[..., Any] = getattr(reference, name)
+    return meaning if compiled is None else compiled
 
 
-def _pool_backward_cpu(grad_weights: Tensor, rows: Tensor) -> Tensor:
-    return reference.sparse_pool_backward(grad_weights, rows)
+def _check_token_values(token_ids: Tensor, offsets: Tensor) -> None:
+    """Values are read on the CPU only: on a GPU the host would have to wait."""
+    if token_ids.device.type != "cpu":
+        return
+    check_offset_values("offsets", offsets, token_ids.shape[0])
+    ids = token_ids.numpy()
+    if ids.size and (ids.min() < 0 or ids.max() >= NO_ID):
+        raise ValueError(f"token_ids run from {ids.min()} to {ids.max()}; accepted: 0 to {NO_ID - 1}")
 
 
-def _embed_cpu(
+def _check_batch_values(name: str, token_ids: Tensor, offsets: Tensor) -> None:
+    if token_ids.device.type != "cpu":
+        return
+    count = int(offsets[-1])
+    check_offset_values(f"{name}.offsets", offsets, count)
+    if count > token_ids.shape[0]:
+        raise ValueError(f"{name}.offsets ends at {count}, but there are {token_ids.shape[0]} entries")
+    ids = token_ids.numpy()[:count]
+    falls = ids[1:] <= ids[:-1]
+    starts = offsets.numpy()
+    falls[starts[(starts > 0) & (starts < count)] - 1] = False
+    if falls.any():
+        at = int(falls.argmax())
+        raise ValueError(f"{name}.token_ids must increase within a text, got {ids[at]}, {ids[at + 1]} at entry {at}")
+
+
+def _pool(token_weights: Tensor, token_ids: Tensor, offsets: Tensor, ignored_ids: list[int]) -> Entries:
+    _check_token_values(token_ids, offsets)
+    tensors = (x.contiguous() for x in (token_weights, token_ids, offsets))
+    entries: Entries = _kernel("sparse_pool", token_weights)(*tensors, ignored_ids)
+    return entries
+
+
+def _pool_backward(grad_weights: Tensor, rows: Tensor) -> Tensor:
+    grad: Tensor = _kernel("sparse_pool_backward", grad_weights)(grad_weights.contiguous(), rows)
+    return grad
+
+
+def _embed(
     hidden: Tensor, weight: Tensor, bias: Tensor, token_ids: Tensor, offsets: Tensor, ignored_ids: list[int]
 ) -> Entries:
-    check_offset_values("offsets", offsets, hidden.shape[0])
-    return reference.sparse_embed(hidden, weight, bias, token_ids, offsets, ignored_ids)
+    _check_token_values(token_ids, offsets)
+    tensors = (x.contiguous() for x in (hidden, weight, bias, token_ids, offsets))
+    entries: Entries = _kernel("sparse_embed", hidden)(*tensors, ignored_ids)
+    return entries
 
 
-def _embed_backward_cpu(
+def _embed_backward(
     grad_weights: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.sparse_embed_backward(grad_weights, hidden, weight, rows)
+    tensors = (x.contiguous() for x in (grad_weights, hidden, weight, rows))
+    grads: tuple[Tensor, Tensor, Tensor] = _kernel("sparse_embed_backward", hidden)(*tensors)
+    return grads
 
 
-def _scores_cpu(*sides: Tensor) -> Tensor:
-    return reference.sparse_scores(*sides)
+def _scores(*sides: Tensor) -> Tensor:
+    _check_batch_values("queries", sides[0], sides[2])
+    _check_batch_values("passages", sides[3], sides[5])
+    scores: Tensor = _kernel("sparse_scores", sides[1])(*(x.contiguous() for x in sides))
+    return scores
 
 
-def _scores_backward_cpu(grad: Tensor, *sides: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.sparse_scores_backward(grad, *sides)
+def _scores_backward(grad: Tensor, *sides: Tensor) -> tuple[Tensor, Tensor]:
+    kernel = _kernel("sparse_scores_backward", sides[1])
+    grads: tuple[Tensor, Tensor] = kernel(grad.contiguous(), *(x.contiguous() for x in sides))
+    return grads
 
 
 for _name, _function in (
-    ("sparse_pool", _pool_cpu),
-    ("sparse_pool_backward", _pool_backward_cpu),
-    ("sparse_embed", _embed_cpu),
-    ("sparse_embed_backward", _embed_backward_cpu),
-    ("sparse_scores", _scores_cpu),
-    ("sparse_scores_backward", _scores_backward_cpu),
+    ("sparse_pool", _pool),
+    ("sparse_pool_backward", _pool_backward),
+    ("sparse_embed", _embed),
+    ("sparse_embed_backward", _embed_backward),
+    ("sparse_scores", _scores),
+    ("sparse_scores_backward", _scores_backward),
 ):
-    _library.implement(_name, "CPU", _function)
+    for _device in ("CPU", "CUDA"):
+        _library.implement(_name, _device, _function)
 
 
 def _entries_fake(weights: Tensor, offsets: Tensor, total: int) -> Entries:
@@ -84,7 +134,7 @@ def _pool_fake(token_weights: Tensor, token_ids: Tensor, offsets: Tensor, ignore
 
 @torch.library.register_fake("m3::sparse_pool_backward", lib=_library.LIBRARY)
 def _pool_backward_fake(grad_weights: Tensor, rows: Tensor) -> Tensor:
-    return torch.empty_like(grad_weights)
+    return grad_weights.new_empty(grad_weights.shape)
 
 
 @torch.library.register_fake("m3::sparse_embed", lib=_library.LIBRARY)
@@ -98,7 +148,7 @@ def _embed_fake(
 def _embed_backward_fake(
     grad_weights: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(hidden), torch.empty_like(weight), weight.new_empty((1,))
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), weight.new_empty((1,))
 
 
 @torch.library.register_fake("m3::sparse_scores", lib=_library.LIBRARY)
@@ -124,7 +174,7 @@ def _scores_backward_fake(
     passage_weights: Tensor,
     passage_offsets: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query_weights), torch.empty_like(passage_weights)
+    return query_weights.new_empty(query_weights.shape), passage_weights.new_empty(passage_weights.shape)
 
 
 def _pool_context(ctx: Any, inputs: tuple[Any, ...], output: Entries) -> None:

@@ -7,7 +7,7 @@ scatter_reduce("amax") would split it). Weights that are 0 and ignored ids are l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -73,9 +73,11 @@ def sparse_embed(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token weights of hidden states [T, E] by the head weight [E], bias [1], then `sparse_pool`; differentiable.
 
-    The maximum compares float32 weights; the result is rounded to the dtype of hidden.
+    The maximum compares float32 weights; the result is rounded to the dtype of hidden, and what that rounds to 0 is 0.
     """
-    weights, ids, pooled, rows = sparse_pool(token_weights(hidden, weight, bias), token_ids, offsets, ignored_ids)
+    dense = token_weights(hidden, weight, bias)
+    dense = dense.masked_fill(dense.detach().to(hidden.dtype) == 0, 0)
+    weights, ids, pooled, rows = sparse_pool(dense, token_ids, offsets, ignored_ids)
     return weights.to(hidden.dtype), ids, pooled, rows
 
 
@@ -102,19 +104,18 @@ def sparse_scores(
 ) -> Tensor:
     """Σ over shared ids of query weight · passage weight, for every pair: [Nq, Np], differentiable in the weights.
 
-    Both sides are laid out densely over the ids that occur, then multiplied.
+    Each passage in turn looks up the ids of all query entries by binary search, so that a weight which is not finite
+    touches only the pairs that share its id.
     """
-    sides = []
-    used = torch.unique(torch.cat([query_ids[: int(query_offsets[-1])], passage_ids[: int(passage_offsets[-1])]]))
-    for ids, weights, offsets in (
-        (query_ids, query_weights, query_offsets),
-        (passage_ids, passage_weights, passage_offsets),
-    ):
-        count = int(offsets[-1])
-        dense = _float32_unless_float64(weights).new_zeros((offsets.shape[0] - 1, used.shape[0]))
-        place = (sequence_of_row(offsets, count), torch.searchsorted(used, ids[:count]))
-        sides.append(dense.index_put(place, _float32_unless_float64(weights[:count])))
-    return sides[0] @ sides[1].T
+    count = int(query_offsets[-1])
+    owner = sequence_of_row(query_offsets, count)
+    weights = _float32_unless_float64(query_weights)[:count]
+    texts = query_offsets.shape[0] - 1
+    columns = []
+    for at, found in _look_up(query_ids[:count], passage_ids, passage_offsets):
+        products = weights[found] * _float32_unless_float64(passage_weights)[at]
+        columns.append(weights.new_zeros(texts).index_add(0, owner[found], products))
+    return torch.stack(columns, 1) if columns else weights.new_zeros((texts, 0))
 
 
 def sparse_scores_backward(
@@ -133,19 +134,22 @@ def sparse_scores_backward(
 
 
 def _gather_side(grad: Tensor, side: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Gradient of every weight of `side`, by binary search of its id in every vector of `other`."""
+    """Gradient of every weight of `side`."""
     ids, weights, offsets = side
     other_ids, other_weights, other_offsets = other
     count = int(offsets[-1])
     owner = sequence_of_row(offsets, count)
     result = torch.zeros_like(_float32_unless_float64(weights))
-    bounds = other_offsets.tolist()
-    for column, (begin, end) in enumerate(zip(bounds, bounds[1:])):
-        if begin == end:
-            continue
-        at = torch.searchsorted(other_ids[begin:end].contiguous(), ids[:count]).clamp_max(end - begin - 1)
-        found = torch.where(
-            other_ids[begin:end][at] == ids[:count], _float32_unless_float64(other_weights)[begin:end][at], 0
-        )
-        result[:count] += found * grad[owner, column]
+    for column, (at, found) in enumerate(_look_up(ids[:count], other_ids, other_offsets)):
+        result[found] += grad[owner[found], column] * _float32_unless_float64(other_weights)[at]
     return result.to(weights.dtype)
+
+
+def _look_up(ids: Tensor, other_ids: Tensor, other_offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each text of the other side: its entries whose ids are among `ids`, and where in `ids` those stand."""
+    bounds = other_offsets.tolist()
+    for begin, end in zip(bounds, bounds[1:]):
+        own = other_ids[begin:end].contiguous()
+        at = torch.searchsorted(own, ids).clamp_max(max(end - begin - 1, 0))
+        found = (own[at] == ids).nonzero()[:, 0] if end > begin else at[:0]
+        yield begin + at[found], found
