@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,15 +19,16 @@ from torch import Tensor
 
 from m3kernels import SparseBatch
 from m3model.embeddings import EncodedTexts, M3Embeddings, MultiVectors
-from m3model.tokenizer import Ids, Tokenized, check_texts, warn_of_cuts
+from m3model.tokenizer import Ids, Role, Tokenized, check_texts, warn_of_cuts
 
 if TYPE_CHECKING:
     from m3model.model import M3Model
 
-__all__ = ["BLOCK", "encode_texts", "pack_ids", "plan_batches"]
+__all__ = ["BLOCK", "DEFAULT_BATCH_TOKENS", "encode_texts", "pack_ids", "plan_batches"]
 
 BLOCK = 16384
-_DEFAULT_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+DEFAULT_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+"""Rows of one forward pass by device type."""
 _ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,7 +61,7 @@ def encode_texts(
     max_length: int,
     batch_tokens: int | None,
     progress: bool,
-    role: Literal["query", "passage"],
+    role: Role,
     multi_vector_dtype: torch.dtype,
 ) -> EncodedTexts:
     """See M3Model.encode."""
@@ -70,7 +71,7 @@ def encode_texts(
     if multi_vector_dtype not in _ROW_DTYPES:
         raise ValueError(f"multi_vector_dtype is {multi_vector_dtype}; accepted: float32, bfloat16, float16")
     if batch_tokens is None:
-        batch_tokens = _DEFAULT_BATCH_TOKENS.get(model.device.type, _DEFAULT_BATCH_TOKENS["cuda"])
+        batch_tokens = DEFAULT_BATCH_TOKENS[model.device.type]
     if not isinstance(batch_tokens, int) or batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens!r}; accepted: a whole number of at least 1")
     tokenizer, limit, prefix = model.tokenization(max_length, role)

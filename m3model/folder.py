@@ -30,7 +30,7 @@ _HUB_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*_linear.pt", "*
 _IGNORED = ("pooler.", "lm_head.", "cls.", "classifier.", "embeddings.position_ids")
 
 
-def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
+def locate(path_or_hub_id: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """The local folder, or the downloaded snapshot of a Hugging Face hub id ("owner/name").
 
     Raises:
@@ -47,7 +47,9 @@ def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(name, cache_dir=cache_dir, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"])
+        )
     except Exception as error:
         raise FileNotFoundError(f"there is no folder {name!r}, and the hub gave no model {name!r}: {error}") from error
 

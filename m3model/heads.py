@@ -18,7 +18,7 @@ from m3model.embeddings import MultiVectors
 __all__ = ["dense_vectors", "multi_vectors"]
 
 
-def dense_vectors(hidden: Tensor, offsets: Tensor, pooling: Pooling) -> Tensor:
+def dense_vectors(hidden: Tensor, offsets: Tensor, pooling: Pooling, *, normalize: bool = True) -> Tensor:
     """[N, E] of unit length in the dtype of `hidden`; every sequence must have at least one row."""
     if pooling == "cls":
         pooled = _wide(hidden[offsets[:-1].long()])
@@ -26,10 +26,12 @@ def dense_vectors(hidden: Tensor, offsets: Tensor, pooling: Pooling) -> Tensor:
         rows = _wide(hidden)
         sums = rows.new_zeros((offsets.shape[0] - 1, rows.shape[1]))
         pooled = sums.index_add(0, sequence_of_row(offsets, rows.shape[0]), rows) / offsets.diff()[:, None]
-    return F.normalize(pooled, dim=1).to(hidden.dtype)
+    return (F.normalize(pooled, dim=1) if normalize else pooled).to(hidden.dtype)
 
 
-def multi_vectors(hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> MultiVectors:
+def multi_vectors(
+    hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, *, normalize: bool = True
+) -> MultiVectors:
     """Rows [T - N, C] of unit length; every sequence must have at least one row, whose first is left out.
 
     The rows kept are found by arithmetic on offsets, so that no count crosses from a GPU to the host.
@@ -39,7 +41,7 @@ def multi_vectors(hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor)
     kept = hidden.shape[0] - sequences
     rows = torch.arange(kept, device=offsets.device) + sequence_of_row(kept_offsets, kept) + 1
     projected = _wide(F.linear(hidden[rows], weight, bias))
-    return MultiVectors(F.normalize(projected, dim=1).to(hidden.dtype), kept_offsets)
+    return MultiVectors((F.normalize(projected, dim=1) if normalize else projected).to(hidden.dtype), kept_offsets)
 
 
 def _wide(x: Tensor) -> Tensor:

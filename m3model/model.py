@@ -13,7 +13,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +26,9 @@ from m3model.embeddings import EncodedTexts, M3Embeddings
 from m3model.encoding import encode_texts, pack_ids
 from m3model.heads import dense_vectors, multi_vectors
 from m3model.scoring import DEFAULT_WEIGHTS, check_weights, score_embeddings
-from m3model.tokenizer import TextTokenizer, warn_of_cuts
+from m3model.tokenizer import Role, TextTokenizer, warn_of_cuts
 
-__all__ = ["INITIAL_TOKEN_WEIGHT", "M3Model"]
+__all__ = ["INITIAL_TOKEN_WEIGHT", "M3Model", "Role"]
 
 INITIAL_TOKEN_WEIGHT = 0.1
 """Weight that a fresh sparse head gives every token."""
@@ -44,6 +43,7 @@ class M3Model(nn.Module):
         config: sizes and settings, saved with the model.
         tokenizer: None for a model made from a configuration alone.
         backbone: the encoder; sparse_linear: [E] -> token weight; colbert_linear: [E] -> multi-vector row.
+        normalize: dense vectors and multi-vector rows have unit length (True) or are left as they are.
     """
 
     def __init__(self, config: M3Config, tokenizer: TextTokenizer | None = None) -> None:
@@ -55,6 +55,7 @@ class M3Model(nn.Module):
             config = replace(config, ignored_token_ids=tokenizer.special_ids)
         self.config = config
         self.tokenizer = tokenizer
+        self.normalize = True
         self.backbone = PackedEncoder(config)
         self.sparse_linear = nn.Linear(config.hidden_size, 1)
         self.colbert_linear = nn.Linear(config.hidden_size, config.multi_vector_dim)
@@ -83,6 +84,7 @@ class M3Model(nn.Module):
         device: torch.device | str | None = None,
         *,
         init_heads: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> M3Model:
         """Load a model folder, or a model of the Hugging Face hub, in evaluation mode.
 
@@ -91,6 +93,7 @@ class M3Model(nn.Module):
             dtype: float32 (default), bfloat16, float16 or float64, whatever the file holds.
             device: default the CPU.
             init_heads: make fresh heads for those that the folder lacks, instead of an error.
+            cache_dir: where the hub's files are kept; default that of huggingface_hub.
 
         Raises:
             FileNotFoundError: no such folder or id, or no config, weights, tokenizer or head in it.
@@ -99,7 +102,7 @@ class M3Model(nn.Module):
         dtype = torch.float32 if dtype is None else dtype
         if dtype not in _MODEL_DTYPES:
             raise ValueError(f"dtype is {dtype}; accepted: {', '.join(str(accepted) for accepted in _MODEL_DTYPES)}")
-        folder = folders.locate(path_or_hub_id)
+        folder = folders.locate(path_or_hub_id, cache_dir)
         config = M3Config.from_file(folder / "config.json")
         encoder = folders.encoder_weights(folder)
         sparse = folders.head_weights(folder, "sparse_linear.pt")
@@ -209,7 +212,7 @@ class M3Model(nn.Module):
         texts: Sequence[str],
         max_length: int = 8192,
         *,
-        role: Literal["query", "passage"] = "passage",
+        role: Role = "passage",
     ) -> tuple[Tensor, Tensor]:
         """Packed token ids int32 [T] and offsets int32 [N + 1] of texts, on the model's device.
 
@@ -229,7 +232,7 @@ class M3Model(nn.Module):
         ids, offsets = pack_ids(tokenized.ids)
         return ids.to(self.device), offsets.to(self.device)
 
-    def tokenization(self, max_length: int, role: Literal["query", "passage"]) -> tuple[TextTokenizer, int, str]:
+    def tokenization(self, max_length: int, role: Role) -> tuple[TextTokenizer, int, str]:
         """The tokenizer, the longest text that max_length and the model allow, and the prefix of `role`.
 
         Raises:
@@ -287,12 +290,10 @@ class M3Model(nn.Module):
             lexical = sparse_embed(hidden, head.weight[0], head.bias, token_ids, offsets, self.config.ignored_token_ids)
         rows = None
         if multi_vector:
-            rows = multi_vectors(hidden, self.colbert_linear.weight, self.colbert_linear.bias, offsets)
-        return M3Embeddings(
-            dense_vectors(hidden, offsets, self.config.pooling) if dense else None,
-            lexical,
-            rows,
-        )
+            projection = self.colbert_linear
+            rows = multi_vectors(hidden, projection.weight, projection.bias, offsets, normalize=self.normalize)
+        pooled = dense_vectors(hidden, offsets, self.config.pooling, normalize=self.normalize) if dense else None
+        return M3Embeddings(pooled, lexical, rows)
 
     def encode(
         self,
@@ -304,7 +305,7 @@ class M3Model(nn.Module):
         max_length: int = 8192,
         batch_tokens: int | None = None,
         progress: bool = False,
-        role: Literal["query", "passage"] = "passage",
+        role: Role = "passage",
         multi_vector_dtype: torch.dtype = torch.float32,
     ) -> EncodedTexts:
         """The representations of texts, in their order, on the CPU.
@@ -339,7 +340,7 @@ class M3Model(nn.Module):
         queries: Sequence[str],
         passages: Sequence[str],
         *,
-        weights: tuple[float, float, float] = DEFAULT_WEIGHTS,
+        weights: Sequence[float] = DEFAULT_WEIGHTS,
         pairs: Sequence[tuple[int, int]] | None = None,
         max_length: int = 8192,
         batch_tokens: int | None = None,

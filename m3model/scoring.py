@@ -12,7 +12,7 @@ Dividing by the sum of the weights is what FlagEmbedding does; it changes no ran
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from m3kernels import SparseBatch, maxsim, maxsim_pairs, sparse_scores
 from m3model.embeddings import M3Embeddings
 
-__all__ = ["DEFAULT_WEIGHTS", "SCORE_NAMES", "combine", "score_embeddings"]
+__all__ = ["DEFAULT_WEIGHTS", "SCORE_NAMES", "check_weights", "combine", "score_embeddings"]
 
 DEFAULT_WEIGHTS = (1.0, 0.3, 1.0)
 """Weights of dense, sparse and multi-vector in the sum, as in the paper (section 4.1, MIRACL and MKQA)."""
@@ -33,8 +33,9 @@ def score_embeddings(
     queries: M3Embeddings[Any],
     passages: M3Embeddings[Any],
     *,
-    weights: tuple[float, float, float] = DEFAULT_WEIGHTS,
+    weights: Sequence[float] = DEFAULT_WEIGHTS,
     pairs: Tensor | None = None,
+    zero_floor: bool | Tensor = False,
 ) -> dict[str, Tensor]:
     """The five scores of every query with every passage, or of the listed pairs.
 
@@ -42,6 +43,7 @@ def score_embeddings(
         queries, passages: embeddings with all three representations.
         weights: of dense, sparse and multi-vector.
         pairs: int32 [P, 2] of (query, passage) numbers.
+        zero_floor: as in m3kernels.maxsim: let a zero vector take part in the maximum, as padding does elsewhere.
 
     Returns:
         Under each of SCORE_NAMES a float32 tensor [Nq, Np], or [P] with pairs; differentiable if the embeddings are.
@@ -52,11 +54,12 @@ def score_embeddings(
     check_weights(weights)
     query_dense, query_sparse, query_rows = _parts("queries", queries)
     passage_dense, passage_sparse, passage_rows = _parts("passages", passages)
+    rows = (query_rows.rows, passage_rows.rows, query_rows.offsets, passage_rows.offsets)
     if pairs is None:
         scores = {
             "dense": query_dense @ passage_dense.T,
             "sparse": sparse_scores(query_sparse, passage_sparse),
-            "multi_vector": maxsim(query_rows.rows, passage_rows.rows, query_rows.offsets, passage_rows.offsets),
+            "multi_vector": maxsim(*rows, zero_floor=zero_floor),
         }
     else:
         _check_pairs(pairs, len(queries), len(passages))
@@ -64,14 +67,12 @@ def score_embeddings(
         scores = {
             "dense": (query_dense[left] * passage_dense[right]).sum(1),
             "sparse": _sparse_pairs(queries, passages, left, right),
-            "multi_vector": maxsim_pairs(
-                query_rows.rows, passage_rows.rows, query_rows.offsets, passage_rows.offsets, pairs
-            ),
+            "multi_vector": maxsim_pairs(*rows, pairs, zero_floor=zero_floor),
         }
     return combine({name: score.float() for name, score in scores.items()}, weights)
 
 
-def combine(scores: Mapping[str, Tensor], weights: tuple[float, float, float] = DEFAULT_WEIGHTS) -> dict[str, Tensor]:
+def combine(scores: Mapping[str, Tensor], weights: Sequence[float] = DEFAULT_WEIGHTS) -> dict[str, Tensor]:
     """`scores` (dense, sparse and multi_vector, of equal shapes) together with the two weighted means of them.
 
     Raises:
@@ -84,7 +85,7 @@ def combine(scores: Mapping[str, Tensor], weights: tuple[float, float, float] = 
     return {**scores, "dense+sparse": pair / (dense + sparse), "all": total / (dense + sparse + multi_vector)}
 
 
-def check_weights(weights: tuple[float, float, float]) -> None:
+def check_weights(weights: Sequence[float]) -> None:
     """Raise ValueError unless weights are three finite numbers of at least 0, the first two not both 0."""
     values = tuple(weights)
     if len(values) != 3 or not all(math.isfinite(value) and value >= 0 for value in values) or not sum(values[:2]):

@@ -12,13 +12,13 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-__all__ = ["TOKENIZER_FILES", "Ids", "TextTokenizer", "Tokenized", "check_texts", "warn_of_cuts"]
+__all__ = ["TOKENIZER_FILES", "Ids", "Role", "TextTokenizer", "Tokenized", "check_texts", "warn_of_cuts"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,6 +33,8 @@ _SPECIAL_ROLES = (("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_
 
 
 Ids = NDArray[np.int32]
+Role = Literal["query", "passage"]
+"""Which of the model's prefixes goes before a text."""
 
 
 class Tokenized(NamedTuple):
@@ -92,6 +94,16 @@ class TextTokenizer:
         if piece is None:
             raise ValueError(f"token_id is {token_id}; the tokenizer has ids from 0 to {len(self) - 1}")
         return piece
+
+    def decode(self, token_id: int) -> str:
+        """The text of one token, without the mark of a word's beginning.
+
+        Raises:
+            ValueError: there is no such id.
+        """
+        self.token(token_id)
+        text: str = self.backend.decode([token_id], skip_special_tokens=False)
+        return text
 
     def encode(self, texts: Sequence[str], max_length: int, prefix: str = "") -> Tokenized:
         """Token ids of `prefix` + each text, special tokens around it, cut at the end to `max_length` ids.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
 
 _ENGLISH = """the of and to in is a river mountain city bridge matrix vector eigenvalue how do i compute what where
@@ -25,6 +25,7 @@ def tiny_tokenizer(model_type: str) -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=unknown, byte_fallback=False))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     tokenizer.add_special_tokens(special)
     cls, sep = ("<s>", "</s>") if model_type == "xlm-roberta" else ("[CLS]", "[SEP]")
     tokenizer.post_processor = processors.TemplateProcessing(
