@@ -1,0 +1,447 @@
+"""ExactIndex: every document is compared, nothing is approximated.
+
+    dense         blocked matrix product                      N·E multiplications a query
+    sparse        sparse_scores over blocks of documents      their shared ids
+    multi_vector  maxsim_pairs over the candidates            Lq·Ld·E a pair
+
+Equal scores rank by the order in which documents were added. The index holds its documents in segments: additions
+gather in memory and become one when it is searched or saved, and small segments are merged (each merge at least
+doubles one, so a document is copied O(log N) times). Saved segments are mapped into memory (m3model.retrieval.storage).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from m3kernels import SparseBatch, maxsim_pairs, sparse_scores
+from m3model.embeddings import EncodedTexts
+from m3model.retrieval.fingerprint import same_model
+from m3model.retrieval.interface import CANDIDATES, RERANK, Head, Ranking, Scores
+from m3model.retrieval.segment import Segment
+from m3model.retrieval.storage import is_index, read_index, write_index
+from m3model.scoring import DEFAULT_WEIGHTS, check_weights
+
+__all__ = ["ExactIndex"]
+
+_PARTS = ("dense", "sparse", "multi_vector")
+_QUERY_BLOCK = 64
+_SCORE_BLOCK = 1 << 22
+"""Scores of one block of queries and documents held at a time."""
+_MERGE_LIMIT = 1 << 30
+"""Bytes above which segments are not merged any more."""
+
+Numbers = NDArray[np.int64]
+
+
+class ExactIndex:
+    """In-memory or memory-mapped index of dense, sparse and multi-vector embeddings; a `SearchIndex`.
+
+    Attributes:
+        fingerprint: of the model that made the embeddings (m3model.retrieval.fingerprint), or None.
+        metadata: JSON values saved with the index.
+    """
+
+    def __init__(self, fingerprint: str | None = None, metadata: Mapping[str, Any] | None = None) -> None:
+        self.fingerprint = fingerprint
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self._segments: list[tuple[str | None, Segment]] = []
+        self._pending: list[Segment] = []
+        self._number_of: dict[str, int] = {}
+        self._widths: dict[str, int] | None = None
+        self._row_dtype: torch.dtype | None = None
+        self._stored_in: tuple[Path, str] | None = None
+
+    def __len__(self) -> int:
+        return len(self._number_of)
+
+    def __contains__(self, document: object) -> bool:
+        return document in self._number_of
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Which of dense, sparse and multi_vector the index holds; none while it is empty."""
+        return tuple(self._widths or ())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all embeddings, ids and documents."""
+        return sum(segment.nbytes for _, segment in self._segments) + sum(part.nbytes for part in self._pending)
+
+    def add(
+        self,
+        ids: Sequence[str],
+        embeddings: EncodedTexts,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Add documents.
+
+        Args:
+            ids: one string for each document, new to the index.
+            embeddings: as `M3Model.encode` gives them; the same representations, widths and row dtype for every add.
+            documents: a JSON object for each, given back by `document`; default empty ones.
+
+        Raises:
+            TypeError: an id is no string, or a document no mapping of JSON values.
+            ValueError: numbers of ids, documents and embeddings differ, an id is already there or twice in `ids`, other
+                representations or widths than before, values that are not finite.
+        """
+        if isinstance(ids, str) or not all(isinstance(document, str) for document in ids):
+            raise TypeError("ids must be a list of strings")
+        documents = [{}] * len(ids) if documents is None else documents
+        if not len(ids) == len(embeddings) == len(documents):
+            raise ValueError(
+                f"{len(ids)} ids, {len(embeddings)} embeddings and {len(documents)} documents; must be equal"
+            )
+        seen: set[str] = set()
+        for document in ids:
+            if document in self._number_of or document in seen:
+                raise ValueError(f"the id {document!r} is {'twice in ids' if document in seen else 'in the index'}")
+            seen.add(document)
+        if not ids:
+            return
+        widths = _widths(embeddings)
+        _check_values("embeddings", embeddings)
+        row_dtype = embeddings.multi_vector.rows.dtype if embeddings.multi_vector is not None else None
+        if self._widths is not None and (widths, row_dtype) != (self._widths, self._row_dtype):
+            raise ValueError(
+                f"embeddings have {_describe(widths, row_dtype)}; the index has"
+                f" {_describe(self._widths, self._row_dtype)}"
+            )
+        segment = Segment.of(ids, documents, embeddings)
+        self._widths, self._row_dtype = widths, row_dtype
+        self._number_of.update(zip(ids, range(len(self), len(self) + len(ids))))
+        self._pending.append(segment)
+
+    def document(self, document: str) -> dict[str, Any]:
+        """What was stored with the document of this id.
+
+        Raises:
+            KeyError: there is no such id.
+        """
+        if document not in self._number_of:
+            raise KeyError(f"there is no document {document!r} in the index")
+        number = self._number_of[document]
+        for begin, segment in self._numbered():
+            if number < begin + len(segment):
+                return segment.document(number - begin)
+        raise AssertionError("every number lies in a segment")
+
+    def search(
+        self,
+        queries: EncodedTexts,
+        k: int = 10,
+        *,
+        head: Head = "all",
+        weights: tuple[float, float, float] = DEFAULT_WEIGHTS,
+        candidates: int = CANDIDATES,
+        rerank: int | None = RERANK,
+    ) -> list[Ranking]:
+        """The best k documents for every query (see m3model.retrieval.interface for what each head does).
+
+        Args:
+            queries: with every representation that the index holds.
+            k: documents for each query; fewer come back from a smaller index, and from the sparse head where fewer
+                documents share a token with the query.
+            weights: of dense, sparse and multi-vector.
+            candidates: documents that the dense and the sparse head each contribute; at least k count.
+            rerank: how many of them the multi-vector head scores, at least k; None: every document of the index.
+
+        Raises:
+            ValueError: k, candidates or rerank below 1, an unknown head or one whose representations the index lacks,
+                weights as in m3model.scoring.combine, queries without a representation or of other widths.
+        """
+        for name, value in (("k", k), ("candidates", candidates), ("rerank", 1 if rerank is None else rerank)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; accepted: a whole number of at least 1")
+        if head not in get_args(Head):
+            raise ValueError(f"head is {head!r}; accepted: {', '.join(get_args(Head))}")
+        check_weights(weights)
+        if self._widths is None:
+            return [_empty_ranking() for _ in range(len(queries))]
+        needed = {"dense+sparse": ("dense", "sparse"), "all": _PARTS}.get(head, (head,))
+        if absent := [part for part in needed if part not in self._widths]:
+            raise ValueError(
+                f"head is {head!r}, but the index has no {', '.join(absent)}; it has {', '.join(self.parts)}"
+            )
+        self._check_queries(queries)
+        self._settle()
+        rankings: list[Ranking] = []
+        for begin in range(0, len(queries), _QUERY_BLOCK):
+            block = queries.select(slice(begin, begin + _QUERY_BLOCK))
+            rankings += self._search_block(block, k, head, weights, max(candidates, k), rerank)
+        return rankings
+
+    def check_model(self, fingerprint: str) -> None:
+        """Raise ValueError unless the index was made by the model of this fingerprint."""
+        if self.fingerprint is not None and not same_model(self.fingerprint, fingerprint):
+            made_by = f" (it was made by {self.metadata['model']})" if "model" in self.metadata else ""
+            raise ValueError(f"the model is not the one that made the index{made_by}; their vectors do not fit")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index folder, or bring it up to date; atomic (see m3model.retrieval.storage).
+
+        An index that was loaded from `path` or saved there before adds to it what is new; any other replaces it.
+
+        Raises:
+            FileExistsError: `path` is a file, or a folder with other things in it.
+            RuntimeError: another process writes it, or changed it since this index was loaded.
+        """
+        folder = Path(os.path.abspath(path))
+        self._settle()
+        here = self._stored_in is not None and self._stored_in[0] == folder and is_index(folder)
+        segments = [(name if here else None, segment) for name, segment in self._segments]
+        generation = self._stored_in[1] if here and self._stored_in else None
+        stored, names = write_index(folder, segments, self.fingerprint, self.metadata, generation)
+        self._segments = [(name, segment) for name, (_, segment) in zip(names, segments)]
+        self._stored_in = (folder, stored)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> ExactIndex:
+        """Open an index folder; its arrays are mapped into memory.
+
+        Args:
+            verify: compare all files with their checksums, which reads them once; sizes and shapes are always compared.
+
+        Raises:
+            FileNotFoundError: no index there, or a file of it is missing.
+            ValueError: damaged, truncated, foreign or of another version; the message says which file.
+        """
+        folder = Path(os.path.abspath(path))
+        manifest, segments = read_index(folder, verify=verify)
+        index = cls(manifest.fingerprint, manifest.metadata)
+        for name, segment in segments:
+            rows = segment.embeddings.multi_vector
+            facts = (_widths(segment.embeddings), rows.rows.dtype if rows is not None else None)
+            if index._widths is not None and facts != (index._widths, index._row_dtype):
+                raise ValueError(f"{folder}: {name} has {_describe(*facts)}, the segments before it have others")
+            index._widths, index._row_dtype = facts
+            index._segments.append((name, segment))
+            ids = segment.ids.strings()
+            index._number_of.update(zip(ids, range(len(index), len(index) + len(ids))))
+        if len(index) != sum(len(segment) for _, segment in segments):
+            raise ValueError(f"{folder} is damaged: a document id occurs twice")
+        index._stored_in = (folder, manifest.generation)
+        return index
+
+    def _settle(self) -> None:
+        """Make a segment of what was added, merged with those before it that are not much larger."""
+        if not self._pending:
+            return
+        parts, self._pending = self._pending, []
+        size = sum(part.nbytes for part in parts)
+        while self._segments and self._segments[-1][1].nbytes <= min(2 * size, _MERGE_LIMIT - size):
+            segment = self._segments.pop()[1]
+            size += segment.nbytes
+            parts.insert(0, segment)
+        self._segments.append((None, Segment.concatenate(parts) if len(parts) > 1 else parts[0]))
+
+    def _numbered(self) -> Iterator[tuple[int, Segment]]:
+        """Number of the first document of each segment, pending ones included, and the segment."""
+        begin = 0
+        for segment in (*(segment for _, segment in self._segments), *self._pending):
+            yield begin, segment
+            begin += len(segment)
+
+    def _check_queries(self, queries: EncodedTexts) -> None:
+        assert self._widths is not None
+        widths = _widths(queries)
+        for part, width in self._widths.items():
+            if part not in widths:
+                raise ValueError(f"queries have no {part}, which the index holds")
+            if widths[part] != width:
+                raise ValueError(f"{part} of queries has width {widths[part]}; the index has {width}")
+        _check_values("queries", queries)
+
+    def _search_block(
+        self,
+        queries: EncodedTexts,
+        k: int,
+        head: Head,
+        weights: tuple[float, float, float],
+        candidates: int,
+        rerank: int | None,
+    ) -> list[Ranking]:
+        reranking = head in ("multi_vector", "all")
+        firsts = [part for part in ("dense", "sparse") if part in self.parts and (reranking or part in head.split("+"))]
+        if reranking and (rerank is None or not firsts):
+            found = [np.arange(len(self), dtype=np.int64)] * len(queries)
+            scores = [self._first_scores(queries, query, numbers) for query, numbers in enumerate(found)]
+        else:
+            depth = k if head in ("dense", "sparse") else candidates
+            lists = [self._best(queries, part, depth) for part in firsts]
+            found = [np.unique(np.concatenate(numbers)) for numbers in zip(*lists)]
+            scores = [self._first_scores(queries, query, numbers) for query, numbers in enumerate(found)]
+            depth = max(rerank, k) if reranking and rerank is not None else k
+            for query, numbers in enumerate(found):
+                kept = np.sort(_order(_first_stage(scores[query], firsts, weights), numbers)[:depth])
+                found[query] = numbers[kept]
+                scores[query] = {part: values[kept] for part, values in scores[query].items()}
+        if "multi_vector" in self.parts:
+            for query, values in enumerate(self._multi_vector_scores(queries, found)):
+                scores[query]["multi_vector"] = values
+        rankings = []
+        for numbers, columns in zip(found, scores):
+            if reranking:
+                score = columns["multi_vector"] if head == "multi_vector" else _weighted(columns, weights)
+            else:
+                score = _first_stage(columns, firsts, weights)
+            order = _order(score, numbers)[:k]
+            ids = [self._id(number) for number in numbers[order].tolist()]
+            rankings.append(Ranking(ids, score[order], *(columns[p][order] if p in columns else None for p in _PARTS)))
+        return rankings
+
+    def _id(self, number: int) -> str:
+        for begin, segment in self._numbered():
+            if number < begin + len(segment):
+                return segment.ids[number - begin]
+        raise AssertionError("every number lies in a segment")
+
+    def _best(self, queries: EncodedTexts, part: str, depth: int) -> list[Numbers]:
+        """Numbers of the `depth` documents of the largest dense or sparse score, of each query, in ascending order."""
+        count = len(queries)
+        scores = np.zeros((count, 0), dtype=np.float32)
+        numbers = np.zeros((count, 0), dtype=np.int64)
+        for begin, segment in self._numbered():
+            step = max(_SCORE_BLOCK // count, 1)
+            for first in range(0, len(segment), step):
+                last = min(first + step, len(segment))
+                block = _scores_of_range(queries, segment, part, first, last)
+                fresh = np.broadcast_to(np.arange(begin + first, begin + last), block.shape)
+                scores = np.concatenate([scores, block], axis=1)
+                numbers = np.concatenate([numbers, fresh], axis=1)
+                scores, numbers = _keep_best(scores, numbers, depth)
+        if part == "sparse":
+            return [row[score > 0] for row, score in zip(numbers, scores)]
+        return list(numbers)
+
+    def _first_scores(self, queries: EncodedTexts, query: int, numbers: Numbers) -> dict[str, Scores]:
+        """Dense and sparse scores of one query with the documents of these ascending numbers."""
+        scores: dict[str, list[Scores]] = {part: [] for part in ("dense", "sparse") if part in self.parts}
+        one = queries.select([query])
+        for begin, segment in self._numbered():
+            local = _within(numbers, begin, len(segment))
+            if "dense" in scores:
+                assert one.dense is not None and segment.embeddings.dense is not None
+                scores["dense"].append(segment.embeddings.dense[local] @ one.dense[0])
+            if "sparse" in scores:
+                chosen = type(segment.embeddings)(sparse=segment.embeddings.sparse).select(local.tolist()).sparse
+                assert one.sparse is not None and chosen is not None
+                scores["sparse"].append(sparse_scores(_plain(one.sparse), chosen)[0].numpy())
+        return {part: np.concatenate(values) for part, values in scores.items()}
+
+    def _multi_vector_scores(self, queries: EncodedTexts, found: Sequence[Numbers]) -> list[Scores]:
+        """MaxSim of each query with the documents of its numbers, which need not be in order."""
+        assert queries.multi_vector is not None
+        results: list[Scores] = [np.zeros(len(numbers), dtype=np.float32) for numbers in found]
+        rows, offsets = queries.multi_vector
+        rows = rows.to(self._row_dtype)
+        for begin, segment in self._numbered():
+            stored = segment.embeddings.multi_vector
+            assert stored is not None
+            places = [np.flatnonzero((begin <= numbers) & (numbers < begin + len(segment))) for numbers in found]
+            pairs = [
+                np.stack([np.full(len(place), query), found[query][place] - begin], axis=1)
+                for query, place in enumerate(places)
+            ]
+            listed = torch.from_numpy(np.concatenate(pairs).astype(np.int32))
+            scores = maxsim_pairs(rows, stored.rows, offsets, stored.offsets, listed).float().numpy()
+            for query, values in enumerate(np.split(scores, np.cumsum([len(place) for place in places])[:-1])):
+                results[query][places[query]] = values
+        return results
+
+
+def _scores_of_range(queries: EncodedTexts, segment: Segment, part: str, first: int, last: int) -> Scores:
+    """Scores [Nq, last - first] of one part with the documents first … last - 1 of a segment."""
+    if part == "dense":
+        assert queries.dense is not None and segment.embeddings.dense is not None
+        dense: Scores = queries.dense @ segment.embeddings.dense[first:last].T
+        return dense
+    stored, asked = segment.embeddings.sparse, queries.sparse
+    assert stored is not None and asked is not None
+    begin, end = int(stored.offsets[first]), int(stored.offsets[last])
+    window = SparseBatch(
+        stored.token_ids[begin:end], stored.weights[begin:end], stored.offsets[first : last + 1] - begin
+    )
+    return sparse_scores(_plain(asked), window).numpy()
+
+
+def _plain(batch: SparseBatch) -> SparseBatch:
+    return SparseBatch(batch.token_ids, batch.weights.float(), batch.offsets)
+
+
+def _keep_best(scores: Scores, numbers: Numbers, count: int) -> tuple[Scores, Numbers]:
+    """The `count` largest of each row, the first of equal ones, in the order of the columns."""
+    width = scores.shape[1]
+    if width <= count:
+        return scores, numbers
+    least = np.partition(scores, width - count, axis=1)[:, width - count, None]
+    above, equal = scores > least, scores == least
+    kept = above | (equal & (equal.cumsum(axis=1) <= count - above.sum(axis=1, keepdims=True)))
+    return scores[kept].reshape(len(scores), count), numbers[kept].reshape(len(scores), count)
+
+
+def _order(scores: Scores, numbers: Numbers) -> Numbers:
+    """Positions by falling score; equal scores by rising number."""
+    return np.lexsort((numbers, -scores))
+
+
+def _weighted(scores: Mapping[str, Scores], weights: tuple[float, float, float]) -> Scores:
+    """Weighted mean of the scores that are there, as m3model.scoring.combine."""
+    used = [(weight, scores[part]) for part, weight in zip(_PARTS, weights) if part in scores]
+    total = sum(weight for weight, _ in used)
+    mean: Scores = np.sum([np.float32(weight / total) * values for weight, values in used], axis=0)
+    return mean
+
+
+def _first_stage(scores: Mapping[str, Scores], parts: Sequence[str], weights: tuple[float, float, float]) -> Scores:
+    """Score by which candidates are chosen: of the one head, or the weighted mean of dense and sparse."""
+    return scores[parts[0]] if len(parts) == 1 else _weighted({part: scores[part] for part in parts}, weights)
+
+
+def _within(numbers: Numbers, begin: int, count: int) -> Numbers:
+    """Those of the ascending numbers that lie in a segment, counted from its begin."""
+    first, last = np.searchsorted(numbers, (begin, begin + count))
+    return numbers[first:last] - begin
+
+
+def _widths(embeddings: EncodedTexts) -> dict[str, int]:
+    """Width of each representation that is there; the sparse one has none and counts 0."""
+    widths = {}
+    if embeddings.dense is not None:
+        if embeddings.dense.ndim != 2 or embeddings.dense.dtype != np.float32:
+            raise ValueError(f"dense must be float32 [N, E], got {embeddings.dense.dtype} {embeddings.dense.shape}")
+        widths["dense"] = int(embeddings.dense.shape[1])
+    if embeddings.sparse is not None:
+        widths["sparse"] = 0
+    if embeddings.multi_vector is not None:
+        widths["multi_vector"] = int(embeddings.multi_vector.rows.shape[1])
+    if not widths:
+        raise ValueError("the embeddings have neither dense nor sparse nor multi_vector")
+    return widths
+
+
+def _check_values(name: str, embeddings: EncodedTexts) -> None:
+    """Raise ValueError for NaN or infinity, which no ranking can order."""
+    if embeddings.dense is not None and not np.isfinite(embeddings.dense).all():
+        raise ValueError(f"{name} have dense values that are not finite")
+    if embeddings.sparse is not None and not torch.isfinite(embeddings.sparse.weights).all():
+        raise ValueError(f"{name} have token weights that are not finite")
+    if embeddings.multi_vector is not None and not torch.isfinite(embeddings.multi_vector.rows).all():
+        raise ValueError(f"{name} have multi-vector values that are not finite")
+
+
+def _describe(widths: Mapping[str, int], row_dtype: torch.dtype | None) -> str:
+    parts = [f"{part} of width {width}" if width else part for part, width in widths.items()]
+    return ", ".join(parts) + (f" ({row_dtype})" if row_dtype else "")
+
+
+def _empty_ranking() -> Ranking:
+    nothing = np.zeros(0, dtype=np.float32)
+    return Ranking([], nothing, nothing, nothing, nothing)
