@@ -54,8 +54,13 @@ def _forward_cpu(
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     _check_values(queries, passages, query_offsets, passage_offsets)
-    scores, argmax = reference.maxsim(queries, passages, query_offsets, passage_offsets, zero_floor, mean)
-    return scores, argmax if save_argmax else argmax[:0].clone()
+    rows = (queries, passages, query_offsets, passage_offsets)
+    kernel = _library.cpu_kernel("maxsim_forward")
+    if kernel is None or queries.dtype == torch.float64:
+        scores, argmax = reference.maxsim(*rows, zero_floor, mean)
+        return scores, argmax if save_argmax else argmax[:0].clone()
+    result: tuple[Tensor, Tensor] = kernel(*rows, zero_floor, mean, save_argmax)
+    return result
 
 
 def _backward_cpu(
@@ -71,8 +76,12 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     rows = (queries, passages, query_offsets, passage_offsets)
     if argmax.shape[0] != queries.shape[0]:
-        argmax = reference.maxsim(*rows, zero_floor, mean)[1]
-    return reference.maxsim_backward(grad, *rows, argmax, mean)
+        argmax = _forward_cpu(*rows, zero_floor, mean, True, allow_tf32)[1]
+    kernel = _library.cpu_kernel("maxsim_backward")
+    if kernel is None or queries.dtype == torch.float64:
+        return reference.maxsim_backward(grad, *rows, argmax, mean)
+    result: tuple[Tensor, Tensor] = kernel(grad, *rows, argmax, mean)
+    return result
 
 
 def _pairs_forward_cpu(
@@ -87,7 +96,12 @@ def _pairs_forward_cpu(
 ) -> Tensor:
     _check_values(queries, passages, query_offsets, passage_offsets)
     _check_pairs(pairs, query_offsets, passage_offsets)
-    return reference.maxsim_pairs(queries, passages, query_offsets, passage_offsets, pairs, zero_floor, mean)
+    rows = (queries, passages, query_offsets, passage_offsets)
+    kernel = _library.cpu_kernel("maxsim_pairs_forward")
+    if kernel is None or queries.dtype == torch.float64:
+        return reference.maxsim_pairs(*rows, pairs, zero_floor, mean)
+    scores: Tensor = kernel(*rows, pairs, zero_floor, mean)
+    return scores
 
 
 def _pairs_backward_cpu(
@@ -102,7 +116,11 @@ def _pairs_backward_cpu(
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = (queries, passages, query_offsets, passage_offsets)
-    return reference.maxsim_pairs_backward(grad, *rows, pairs, zero_floor, mean)
+    kernel = _library.cpu_kernel("maxsim_pairs_backward")
+    if kernel is None or queries.dtype == torch.float64:
+        return reference.maxsim_pairs_backward(grad, *rows, pairs, zero_floor, mean)
+    result: tuple[Tensor, Tensor] = kernel(grad, *rows, pairs, zero_floor, mean)
+    return result
 
 
 for _name, _function in (

@@ -1,0 +1,251 @@
+// The inner loops of late interaction, generic over the vector type: included after one of micro/{portable,avx2,avx512}.h,
+// once in each of maxsim_{portable,avx2,avx512,avx512vnni}.cpp. See maxsim_kernels.h for the layouts.
+//
+// Per tile of R passage rows and one panel of V vectors of query rows: 2·R·V·lanes·E FLOPs on registers, then R·V
+// compare-and-selects. Passage tiles are the outer loop and panels the inner one; panels are taken in groups that stay in
+// the second-level cache, while a passage tile (R·E floats) passes through the first level once for each group.
+#pragma once
+
+#include "micro/tile.h"
+
+namespace m3::M3_ISA {
+
+constexpr int64_t kGroupBytes = 256 << 10;
+
+template <int R, int V, bool kWinners>
+void float_tile(
+    const float* panel,
+    const float* rows,
+    int64_t stride,
+    int64_t width,
+    Prefetch ahead,
+    int32_t first_row,
+    float* best,
+    int32_t* winners) {
+  Floats acc[R][V];
+  clear(acc);
+  multiply_tile(panel, rows, stride, width, ahead, acc);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    Floats maximum = load(best + v * kLanes);
+    Ints winner = kWinners ? load(winners + v * kLanes) : splat(int32_t{0});
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Mask beaten = beats(acc[r][v], maximum);
+      maximum = select(beaten, acc[r][v], maximum);
+      if constexpr (kWinners) winner = select(beaten, splat(first_row + r), winner);
+    }
+    store(best + v * kLanes, maximum);
+    if constexpr (kWinners) store(winners + v * kLanes, winner);
+  }
+}
+
+template <int R, int V>
+void byte_tile(
+    const int8_t* panel,
+    const int32_t* starts,
+    const uint8_t* rows,
+    int64_t stride,
+    int64_t width,
+    Prefetch ahead,
+    const float* scales,
+    float* best) {
+  Ints acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = load(starts + v * kLanes);
+  }
+  for (int64_t e = 0; e < width; e += 8) {
+    // A quarter of the bytes of a float tile: one line for every 8 elements covers R <= 10 rows and more.
+    __builtin_prefetch(ahead.next);
+    ahead.next += ahead.advance / kPrefetchLines;
+#pragma GCC unroll 2
+    for (int step = 0; step < 8; step += 4) {
+      Ints column[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) column[v] = load_bytes(panel + ((e + step) * V + v * 4) * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        int32_t quad;
+        __builtin_memcpy(&quad, rows + r * stride + e + step, sizeof quad);
+        const Ints bytes = splat(quad);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[r][v] = dot_bytes(acc[r][v], bytes, column[v]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    Floats maximum = load(best + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Floats similarity = multiply(to_floats(acc[r][v]), splat(scales[r]));
+      maximum = select(beats(similarity, maximum), similarity, maximum);
+    }
+    store(best + v * kLanes, maximum);
+  }
+}
+
+// Calls body with `rows` (1 to kTileRows) as a compile-time constant.
+template <int R = kTileRows, class Body>
+void with_tile_rows(int64_t rows, const Body& body) {
+  if constexpr (R == 1) {
+    body(std::integral_constant<int, 1>{});
+  } else {
+    if (rows == R) {
+      body(std::integral_constant<int, R>{});
+    } else {
+      with_tile_rows<R - 1>(rows, body);
+    }
+  }
+}
+
+// Visits tiles of passage rows and, for each, the panels of a group: body(tile rows, vectors, first row, first query row,
+// first visit of this tile). bytes: of one packed query row.
+template <class Start, class Body>
+void visit_tiles(int64_t rows, int64_t row_bytes, PassageRows passage, const Start& start, const Body& body) {
+  constexpr int64_t kPanel = 2 * kLanes;
+  const int64_t group = std::max<int64_t>(1, kGroupBytes / (kPanel * row_bytes)) * kPanel;
+  for (int64_t begin = 0; begin < rows; begin += group) {
+    const int64_t end = std::min(rows, begin + group);
+    for (int64_t row = passage.first; row < passage.last; row += kTileRows) {
+      with_tile_rows(std::min<int64_t>(kTileRows, passage.last - row), [&](auto tile_rows) {
+        start(row, tile_rows);
+        for (int64_t at = begin; at < end; at += kPanel) {
+          if (rows - at <= kLanes) {
+            body(tile_rows, std::integral_constant<int, 1>{}, row, at, at == begin);
+          } else {
+            body(tile_rows, std::integral_constant<int, 2>{}, row, at, at == begin);
+          }
+        }
+      });
+    }
+  }
+}
+
+template <class T>
+void widen_row(const T* from, int64_t width, float* to) {
+  int64_t e = 0;
+  for (; e + kLanes <= width; e += kLanes) store(to + e, load(from + e));
+  for (; e < width; ++e) to[e] = widen(from[e]);
+}
+
+template <class T>
+void best_rows(
+    const float* panels, int64_t rows, const T* passages, PassageRows passage, float* best, int32_t* winners, float* scratch) {
+  constexpr bool kInPlace = std::is_same_v<T, float>;
+  const int64_t width = passage.width;
+  // Rows of a power of two fall into the same cache sets; the copies keep apart.
+  const int64_t stride = kInPlace ? width : width + 16;
+  const int64_t padded = (rows + kLanes - 1) / kLanes * kLanes;
+  std::fill_n(best, padded, -std::numeric_limits<float>::infinity());
+  if (winners != nullptr) std::fill_n(winners, padded, passage.first);
+  const float* tile = nullptr;
+  visit_tiles(
+      rows,
+      width * sizeof(float),
+      passage,
+      [&](int64_t row, auto tile_rows) {
+        if constexpr (kInPlace) {
+          tile = passages + row * width;
+        } else {
+          for (int r = 0; r < tile_rows; ++r) widen_row(passages + (row + r) * width, width, scratch + r * stride);
+          tile = scratch;
+        }
+      },
+      [&](auto tile_rows, auto vectors, int64_t row, int64_t at, bool first) {
+        constexpr int R = decltype(tile_rows)::value, V = decltype(vectors)::value;
+        const Prefetch ahead = first ? fetch_ahead(passages + (row + R) * width) : fetch_nothing(tile);
+        const float* panel = panels + at * width;
+        if (winners != nullptr) {
+          float_tile<R, V, true>(panel, tile, stride, width, ahead, int32_t(row), best + at, winners + at);
+        } else {
+          float_tile<R, V, false>(panel, tile, stride, width, ahead, int32_t(row), best + at, nullptr);
+        }
+      });
+}
+
+// Bytes of 8 packed bits, the lowest bit first: 2 where it is set.
+inline void expand_bits(const uint8_t* bits, int64_t width, uint8_t* to) {
+  for (int64_t e = 0; e < width; e += 8) {
+    const uint64_t spread = (bits[e / 8] * 0x0101010101010101u) & 0x8040201008040201u;
+    const uint64_t nonzero = ((spread | ((spread & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu)) >> 7) & 0x0101010101010101u;
+    const uint64_t bytes = nonzero << 1;
+    __builtin_memcpy(to + e, &bytes, sizeof bytes);
+  }
+}
+
+template <int kBits>
+void best_quantized_rows(
+    const int8_t* panels,
+    const int32_t* starts,
+    int64_t rows,
+    const uint8_t* codes,
+    const float* scales,
+    PassageRows passage,
+    float* best,
+    uint8_t* scratch) {
+  const int64_t width = passage.width, row_bytes = width * kBits / 8;
+  const int64_t stride = kBits == 8 ? width : width + 64;
+  std::fill_n(best, (rows + kLanes - 1) / kLanes * kLanes, -std::numeric_limits<float>::infinity());
+  const uint8_t* tile = nullptr;
+  visit_tiles(
+      rows,
+      width,
+      passage,
+      [&](int64_t row, auto tile_rows) {
+        tile = codes + row * row_bytes;
+        if constexpr (kBits == 1) {
+          for (int r = 0; r < tile_rows; ++r) expand_bits(tile + r * row_bytes, width, scratch + r * stride);
+          tile = scratch;
+        }
+      },
+      [&](auto tile_rows, auto vectors, int64_t row, int64_t at, bool first) {
+        constexpr int R = decltype(tile_rows)::value, V = decltype(vectors)::value;
+        const Prefetch ahead = first ? fetch_ahead(codes + (row + R) * row_bytes) : fetch_nothing(tile);
+        byte_tile<R, V>(panels + at * width, starts + at, tile, stride, width, ahead, scales + row, best + at);
+      });
+}
+
+template <int kVectors, class T>
+void weighted_columns(
+    const T* rows, int64_t width, const int32_t* index, const float* weights, int64_t count, float* out) {
+  Floats acc[1][kVectors];
+  clear(acc);
+  for (int64_t k = 0; k < count; ++k) {
+    const T* row = rows + index[k] * width;
+    const Floats weight = splat(weights[k]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) acc[0][v] = multiply_add(load(row + v * kLanes), weight, acc[0][v]);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, acc[0][v]);
+}
+
+template <class T>
+void weighted_sum(const T* rows, int64_t width, const int32_t* index, const float* weights, int64_t count, float* out) {
+  int64_t e = 0;
+  for (; e + 8 * kLanes <= width; e += 8 * kLanes) {
+    weighted_columns<8>(rows + e, width, index, weights, count, out + e);
+  }
+  for (; e + kLanes <= width; e += kLanes) weighted_columns<1>(rows + e, width, index, weights, count, out + e);
+  for (; e < width; ++e) {
+    out[e] = 0;
+    for (int64_t k = 0; k < count; ++k) out[e] += weights[k] * widen(rows[index[k] * width + e]);
+  }
+}
+
+const MaxsimKernels kMaxsimKernels = {
+    kLanes,
+    best_rows<float>,
+    best_rows<BFloat16>,
+    best_rows<Half>,
+    best_quantized_rows<8>,
+    best_quantized_rows<1>,
+    weighted_sum<float>,
+    weighted_sum<BFloat16>,
+    weighted_sum<Half>,
+};
+
+}  // namespace m3::M3_ISA

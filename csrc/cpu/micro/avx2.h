@@ -1,0 +1,61 @@
+// Vector type for AVX2 + FMA + F16C: 8 lanes, 16 registers. Everything after this header is compiled for AVX2, so it comes
+// after all other includes; it names its namespace M3_ISA for the generic headers that follow (micro/tile.h and kernels).
+#pragma once
+
+#include <immintrin.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+
+#pragma GCC target("avx2,fma,f16c")
+#define M3_ISA avx2
+
+namespace m3::avx2 {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+constexpr int kLanes = 8;
+// Rows of a register tile: 6 rows x 2 vectors = 12 accumulators, 2 registers for the panel, 1 for a broadcast element.
+constexpr int kTileRows = 6;
+
+using Floats = __m256;
+using Ints = __m256i;
+using Mask = __m256;
+
+inline Floats splat(float x) { return _mm256_set1_ps(x); }
+inline Ints splat(int32_t x) { return _mm256_set1_epi32(x); }
+inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
+inline Floats load(const BFloat16* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline Floats load(const Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline Ints load(const int32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+inline Ints load_bytes(const int8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+inline void store(float* to, Floats x) { _mm256_storeu_ps(to, x); }
+inline void store(int32_t* to, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); }
+
+inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
+
+// Larger than `best`, or not a number: a NaN once taken is never lost.
+inline Mask beats(Floats x, Floats best) {
+  return _mm256_or_ps(_mm256_cmp_ps(x, best, _CMP_GT_OQ), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+inline Floats select(Mask mask, Floats yes, Floats no) { return _mm256_blendv_ps(no, yes, mask); }
+inline Ints select(Mask mask, Ints yes, Ints no) {
+  return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(no), _mm256_castsi256_ps(yes), mask));
+}
+
+// acc + Σ over the 4 bytes of each lane of (unsigned) bytes · (signed) factors, |factors| <= 64: a pair's sum is at most
+// 2 · 255 · 64 = 32640, so the 16-bit step in between never saturates.
+inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, factors), _mm256_set1_epi16(1)));
+}
+
+}  // namespace m3::avx2

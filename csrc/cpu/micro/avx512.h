@@ -1,0 +1,68 @@
+// Vector type for AVX-512 (F, BW, VL, DQ; with M3_VNNI also VNNI): 16 lanes, 32 registers. Everything after this header is
+// compiled for it, so it comes after all other includes; it names its namespace M3_ISA for the generic headers that follow.
+#pragma once
+
+#include <immintrin.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+
+#ifdef M3_VNNI
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#define M3_ISA avx512vnni
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+#define M3_ISA avx512
+#endif
+
+namespace m3::M3_ISA {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+constexpr int kLanes = 16;
+// Rows of a register tile: 12 rows x 2 vectors = 24 accumulators of the 32 registers.
+constexpr int kTileRows = 12;
+
+using Floats = __m512;
+using Ints = __m512i;
+using Mask = __mmask16;
+
+inline Floats splat(float x) { return _mm512_set1_ps(x); }
+inline Ints splat(int32_t x) { return _mm512_set1_epi32(x); }
+inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
+inline Floats load(const BFloat16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline Floats load(const Half* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Ints load(const int32_t* from) { return _mm512_loadu_si512(from); }
+inline Ints load_bytes(const int8_t* from) { return _mm512_loadu_si512(from); }
+inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
+inline void store(int32_t* to, Ints x) { _mm512_storeu_si512(to, x); }
+
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+
+// Larger than `best`, or not a number: a NaN once taken is never lost.
+inline Mask beats(Floats x, Floats best) {
+  return _mm512_cmp_ps_mask(x, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+}
+inline Floats select(Mask mask, Floats yes, Floats no) { return _mm512_mask_blend_ps(mask, no, yes); }
+inline Ints select(Mask mask, Ints yes, Ints no) { return _mm512_mask_blend_epi32(mask, no, yes); }
+
+// acc + Σ over the 4 bytes of each lane of (unsigned) bytes · (signed) factors, |factors| <= 64: without VNNI a pair's sum
+// of at most 2 · 255 · 64 = 32640 passes through 16 bits and never saturates.
+inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {
+#ifdef M3_VNNI
+  return _mm512_dpbusd_epi32(acc, bytes, factors);
+#else
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(bytes, factors), _mm512_set1_epi16(1)));
+#endif
+}
+
+}  // namespace m3::M3_ISA
