@@ -36,7 +36,8 @@ class M3Config:
         pooling: dense vector = state of the first token ("cls") or mean over all tokens ("mean").
         query_prefix, passage_prefix: put before every text of that role, as backbones of the E5 family want it.
         multi_vector_dim: width of the multi-vector rows.
-        ignored_token_ids: ids that never enter the sparse vector: cls, eos, pad and unk of the tokenizer.
+        ignored_token_ids: ids that never enter the sparse vector: cls, eos, pad and unk. M3Model takes them from its
+            tokenizer, if it has one.
         others: keys of config.json that are not used here, kept for saving.
 
     Raises:

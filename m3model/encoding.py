@@ -178,12 +178,14 @@ def _to_host(tensor: Tensor) -> Tensor:
 @contextmanager
 def _evaluating(model: M3Model) -> Iterator[None]:
     """Evaluation mode (no dropout) for the time of the block."""
-    training = model.training
+    if not model.training:
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        model.train()
 
 
 @contextmanager

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,6 +27,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "vocab.txt",
 )
+PART_CHARACTERS = 4_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPECIAL_ROLES = (("cls_token", "bos_token"), ("sep_token", "eos_token"), ("pad_token",), ("unk_token",))
 
@@ -56,7 +56,7 @@ class TextTokenizer:
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
-        self.backend = _backend(files)
+        self.backend: Tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
         self.backend.no_padding()
         self.backend.no_truncation()
         self.special_ids = _special_ids(self.backend, files)
@@ -72,8 +72,11 @@ class TextTokenizer:
             ValueError: its files cannot be read.
         """
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-        if not files.keys() & {"tokenizer.json", "sentencepiece.bpe.model", "vocab.txt"}:
-            raise FileNotFoundError(f"{folder} has no tokenizer: expected tokenizer.json")
+        if "tokenizer.json" not in files:
+            raise FileNotFoundError(
+                f"{folder} has no tokenizer.json; transformers' AutoTokenizer writes one from older tokenizer files:"
+                " AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
         try:
             return cls(files)
         except Exception as error:
@@ -117,14 +120,16 @@ class TextTokenizer:
         check_texts(texts)
         self.check_max_length(max_length)
         room = max_length - self.overhead
-        prepared = [_encodable(prefix + text) for text in texts]
-        rows = [encoding.ids for encoding in self.backend.encode_batch_fast(prepared, add_special_tokens=False)]
-        lengths = [len(ids) + self.overhead for ids in rows]
-        return Tokenized(
-            [np.array([*self._prefix, *ids[:room], *self._suffix], dtype=np.int32) for ids in rows],
-            sum(length > max_length for length in lengths),
-            max(lengths, default=0),
-        )
+        rows: list[Ids] = []
+        cut = longest = 0
+        for part in _parts(texts):
+            prepared = [_encodable(prefix + text) for text in part]
+            for encoding in self.backend.encode_batch_fast(prepared, add_special_tokens=False):
+                ids = encoding.ids
+                cut += len(ids) > room
+                longest = max(longest, len(ids) + self.overhead)
+                rows.append(np.array([*self._prefix, *ids[:room], *self._suffix], dtype=np.int32))
+        return Tokenized(rows, cut, longest)
 
     def check_max_length(self, max_length: int) -> None:
         """Raise ValueError unless max_length is a whole number with room for a token beside the special ones."""
@@ -161,23 +166,23 @@ def check_texts(texts: Sequence[str]) -> None:
             raise TypeError(f"texts[{number}] must be a string, got {type(text).__name__}")
 
 
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Consecutive texts of about PART_CHARACTERS together; an encoding needs about 100 bytes a token while it lasts."""
+    part: list[str] = []
+    room = PART_CHARACTERS
+    for text in texts:
+        part.append(text)
+        room -= len(text)
+        if room <= 0:
+            yield part
+            part, room = [], PART_CHARACTERS
+    yield part
+
+
 def _encodable(text: str) -> str:
     if not _SURROGATE.search(text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _backend(files: dict[str, bytes]) -> Tokenizer:
-    if "tokenizer.json" in files:
-        stored: Tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
-        return stored
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
-        backend: Tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
-        return backend
 
 
 def _surroundings(backend: Tokenizer) -> tuple[list[int], list[int]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from m3kernels import SparseBatch
-from m3model import M3Config, M3Embeddings, M3Model, encoding
+from m3model import M3Config, M3Embeddings, M3Model, encoding, tokenizer
 from m3model.encoding import plan_batches
 from m3model.scoring import SCORE_NAMES
 
@@ -67,6 +67,13 @@ def test_texts_beyond_one_block_are_joined_in_order(model: M3Model, monkeypatch:
     np.testing.assert_allclose(out.dense, expected.dense, **TOLERANCE)
     assert out.sparse.to_dicts()[4].keys() == expected.sparse.to_dicts()[4].keys()
     torch.testing.assert_close(out.multi_vector.rows, expected.multi_vector.rows, **TOLERANCE)
+
+
+def test_tokenizing_in_parts_changes_nothing(model: M3Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, offsets = model.tokenize(TEXTS)
+    monkeypatch.setattr(tokenizer, "PART_CHARACTERS", 20)
+    again, again_offsets = model.tokenize(TEXTS)
+    assert torch.equal(ids, again) and torch.equal(offsets, again_offsets)
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 60))

@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import change_config, tiny_encoder, write_folder
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from m3model import M3Model
@@ -148,6 +150,30 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is a file; expected a model folder or a hub id"):
         (tmp_path / "file").write_text("")
         M3Model.from_pretrained(tmp_path / "file")
+
+
+def test_a_hub_id_is_downloaded_without_subfolders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    M3Model.from_pretrained("BAAI/bge-m3", cache_dir="/somewhere")
+    assert asked["name"] == "BAAI/bge-m3" and asked["cache_dir"] == "/somewhere"
+    needed = ["config.json", "pytorch_model.bin", "sparse_linear.pt", "colbert_linear.pt", "tokenizer.json"]
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects([*needed, "onnx/model.onnx", "flax_model.msgpack"], **patterns)) == needed
+
+
+def test_a_hub_that_gives_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str, **_options: Any) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"the hub gave no model 'BAAI/bge-m3': no network"):
+        M3Model.from_pretrained("BAAI/bge-m3")
 
 
 @pytest.mark.parametrize("damaged", ["model.safetensors", "sparse_linear.pt", "config.json", "tokenizer.json"])
