@@ -7,12 +7,13 @@ plain PyTorch meaning beside it in `m3kernels.<op>.reference`.
 from m3kernels._version import __version__
 from m3kernels.attention import flash_attention, flash_attention_varlen, varlen_attn
 from m3kernels.build_info import BuildInfo, build_info
-from m3kernels.maxsim import maxsim, maxsim_pairs
+from m3kernels.maxsim import QuantizedRows, maxsim, maxsim_pairs, maxsim_topk, quantize_rows
 from m3kernels.packing import offsets_from_lengths, pack, unpack
 from m3kernels.sparse import SparseBatch, sparse_embed, sparse_pool, sparse_scores
 
 __all__ = [
     "BuildInfo",
+    "QuantizedRows",
     "SparseBatch",
     "__version__",
     "build_info",
@@ -20,8 +21,10 @@ __all__ = [
     "flash_attention_varlen",
     "maxsim",
     "maxsim_pairs",
+    "maxsim_topk",
     "offsets_from_lengths",
     "pack",
+    "quantize_rows",
     "sparse_embed",
     "sparse_pool",
     "sparse_scores",

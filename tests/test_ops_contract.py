@@ -31,6 +31,8 @@ def op_calls() -> dict[str, tuple[Callable[..., object], tuple[object, ...]]]:
     rows = (leaf(9, 16), leaf(9, 16), OFFSETS, OFFSETS)
     floor = torch.tensor([True, False, True, False])
     pairs = torch.tensor([[0, 3], [2, 0], [1, 1]], dtype=torch.int32)
+    stored = m3kernels.quantize_rows(leaf(9, 16))
+    quantized = (leaf(9, 16).detach(), stored.codes, stored.scales, OFFSETS, OFFSETS)
     ops = torch.ops.m3
     return {
         "attention": (ops.flash_attention_forward, attention),
@@ -38,6 +40,8 @@ def op_calls() -> dict[str, tuple[Callable[..., object], tuple[object, ...]]]:
         "maxsim": (ops.maxsim_forward, (*rows, None, True, True, False)),
         "maxsim_recompute": (ops.maxsim_forward, (*rows, floor, False, False, False)),
         "maxsim_pairs": (ops.maxsim_pairs_forward, (*rows, pairs, floor, True, False)),
+        "maxsim_quantized": (ops.maxsim_quantized, (*quantized, None, 8, True)),
+        "maxsim_pairs_quantized": (ops.maxsim_pairs_quantized, (*quantized, pairs, floor, 8, False)),
         "sparse_pool": (ops.sparse_pool, (leaf(9).detach().abs().requires_grad_(), TOKEN_IDS, OFFSETS, [0])),
         "sparse_embed": (ops.sparse_embed, (leaf(9, 16), leaf(16), leaf(1), TOKEN_IDS, OFFSETS, [0])),
         "sparse_scores": (ops.sparse_scores, (*sparse_entries(), *sparse_entries())),

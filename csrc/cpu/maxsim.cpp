@@ -4,8 +4,8 @@
 //   grad_queries[i]  = Σ_p weight[q(i), p] · passages[winner[i, p]]
 //   grad_passages[j] = Σ_i weight[q(i), p(j)] · queries[i]  over the rows i whose winner j is;  weight = grad (/ rows of q)
 //
-// Forward: 2·Tq·Tp·E FLOPs. Query rows are widened and packed once (Tq·E floats), passages are read in place. A task is a
-// block of queries against a run of passages; inside it the similarities live in registers only (maxsim_tiles.h).
+// Forward: 2·Tq·Tp·E FLOPs. Query rows are widened and packed once (Tq·E floats), passages are read in place. The
+// work is cut in maxsim_scores.h; inside a tile the similarities live in registers only (maxsim_tiles.h).
 // Backward: 2·E FLOPs for each query row and passage, forwards and back, bound by memory. A query row gathers its winners;
 // a passage sorts the query rows by the row they chose (counting sort) and each of its rows sums its own list. Every sum
 // belongs to one thread and has a fixed order: no atomics on floats, and no result depends on the number of threads.
@@ -15,236 +15,58 @@
 #include <optional>
 #include <tuple>
 
-#include "maxsim_plan.h"
-#include "sparse_floats.h"
+#include "maxsim_scores.h"
 
 namespace m3 {
 namespace {
 
 using Gradients = std::tuple<Tensor, Tensor>;
 
-// Tasks for each thread, so that a slow one at the end costs little; and what a task should weigh at least, in
-// multiply-adds, so that taking it costs nothing.
-constexpr int64_t kTasksPerThread = 16;
-constexpr int64_t kLeastWork = 1 << 20;
-constexpr int64_t kBlockBytes = 256 << 10;
-// A run of passages stays in the shared cache while several blocks of queries use it.
-constexpr int64_t kRunBytes = 4 << 20;
-
-// The rows of one side, contiguous, with the bounds of its sequences.
-struct Sequences {
-  Sequences(const Tensor& rows, const Tensor& offsets)
-      : tensor(torch::stable::contiguous(rows)),
-        offsets(torch::stable::contiguous(offsets)),
-        bounds(this->offsets.const_data_ptr<int32_t>()),
-        count(this->offsets.numel() - 1),
-        width(rows.size(1)) {}
-
-  int32_t rows(int64_t sequence) const { return bounds[sequence + 1] - bounds[sequence]; }
-  template <class T>
-  const T* data() const {
-    return static_cast<const T*>(tensor.const_data_ptr());
-  }
-
-  const Tensor tensor, offsets;
-  const int32_t* const bounds;
-  const int64_t count;
-  const int64_t width;
-};
-
-class ZeroFloor {
+// Passages of the same float dtype as the queries.
+template <class T>
+class FloatScorer {
  public:
-  explicit ZeroFloor(const std::optional<Tensor>& floor) {
-    if (floor) marks_.emplace(torch::stable::contiguous(*floor));
+  using Passages = const T*;
+
+  FloatScorer(const Sequences& queries, const std::vector<QueryBlock>& blocks, Passages passages)
+      : kernels_(maxsim_kernels()),
+        width_(queries.width),
+        passages_(passages),
+        packed_(packed_rows(blocks) * queries.width) {
+    pack(queries, blocks);
   }
-  bool operator[](int64_t passage) const { return marks_ && marks_->const_data_ptr<bool>()[passage]; }
+
+  int64_t row_bytes() const { return width_ * int64_t(sizeof(T)); }
+
+  void operator()(const QueryBlock& block, PassageRows passage, float* best, int32_t* winners, float* scratch) const {
+    const float* panels = packed_.data() + block.packed_row * width_;
+    kernels_.best(T{})(panels, block.rows, passages_, passage, best, winners, scratch);
+  }
 
  private:
-  std::optional<Tensor> marks_;
-};
-
-template <class T>
-AlignedBuffer<float> pack_queries(const Sequences& queries, const std::vector<QueryBlock>& blocks, int lanes) {
-  const int64_t width = queries.width;
-  AlignedBuffer<float> packed(packed_rows(blocks) * width);
-  const T* rows = queries.data<T>();
-  torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const QueryBlock& block = blocks[b];
-      visit_panels(block.rows, lanes, [&](int64_t at, int64_t used, int64_t panel_rows) {
-        float* panel = packed.data() + (block.packed_row + at) * width;
-        const T* from = rows + (block.first_row + at) * width;
-        for (int64_t e = 0; e < width; ++e) {
-          for (int64_t row = 0; row < panel_rows; ++row) {
-            panel[e * panel_rows + row] = row < used ? widen(from[row * width + e]) : 0.f;
+  void pack(const Sequences& queries, const std::vector<QueryBlock>& blocks) {
+    const T* rows = queries.data<T>();
+    torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const QueryBlock& block = blocks[b];
+        visit_panels(block.rows, kernels_.lanes, [&](int64_t at, int64_t used, int64_t panel_rows) {
+          float* panel = packed_.data() + (block.packed_row + at) * width_;
+          const T* from = rows + (block.first_row + at) * width_;
+          for (int64_t e = 0; e < width_; ++e) {
+            for (int64_t row = 0; row < panel_rows; ++row) {
+              panel[e * panel_rows + row] = row < used ? widen(from[row * width_ + e]) : 0.f;
+            }
           }
-        }
-      });
-    }
-  });
-  return packed;
-}
+        });
+      }
+    });
+  }
 
-// Scratch memory of one thread.
-struct Worker {
-  Worker(int64_t most_rows, int64_t width)
-      : best(most_rows + 2 * kMostLanes), winners(most_rows + 2 * kMostLanes), scratch(kMostTileRows * (width + 32)) {}
-  AlignedBuffer<float> best;
-  AlignedBuffer<int32_t> winners;
-  AlignedBuffer<float> scratch;
+  const MaxsimKernels& kernels_;
+  const int64_t width_;
+  const T* const passages_;
+  const AlignedBuffer<float> packed_;
 };
-
-int64_t most_rows(const std::vector<QueryBlock>& blocks) {
-  int64_t most = 0;
-  for (const QueryBlock& block : blocks) most = std::max(most, block.rows);
-  return most;
-}
-
-void apply_floor(int64_t rows, float* best, int32_t* winners) {
-  for (int64_t i = 0; i < rows; ++i) {
-    if (!(best[i] < 0)) continue;
-    best[i] = 0;
-    if (winners != nullptr) winners[i] = -1;
-  }
-}
-
-float sum_rows(const float* best, int64_t rows, bool mean) {
-  double sum = 0;
-  for (int64_t i = 0; i < rows; ++i) sum += best[i];
-  return static_cast<float>(mean && rows > 0 ? sum / rows : sum);
-}
-
-// Tasks of `blocks` against the runs of items cut for each block by `work(item)` multiply-adds per query row.
-int64_t least_task(int64_t all_work) {
-  return std::max(kLeastWork, all_work / (kTasksPerThread * torch::stable::get_num_threads()));
-}
-
-template <class T>
-void score_all(
-    const Sequences& queries,
-    const Sequences& passages,
-    const ZeroFloor& floor,
-    bool mean,
-    float* scores,
-    int32_t* argmax) {
-  const int64_t width = queries.width, count = passages.count;
-  const MaxsimKernels& kernels = maxsim_kernels();
-  const auto best_rows = kernels.best(T{});
-  const auto blocks = query_blocks(
-      queries.bounds, queries.count, std::max<int64_t>(2 * kMostLanes, kBlockBytes / int64_t(width * sizeof(float))));
-  const auto packed = pack_queries<T>(queries, blocks, kernels.lanes);
-
-  const int64_t all_rows = passages.bounds[count];
-  const int64_t most_run_rows = std::max<int64_t>(1, kRunBytes / int64_t(width * sizeof(T)));
-  const int64_t all_work = int64_t(queries.bounds[queries.count]) * width * all_rows;
-  const int64_t block_work = std::max<int64_t>(1, all_work / std::max<int64_t>(1, all_rows * blocks.size()));
-  const int64_t run_rows = std::clamp<int64_t>(least_task(all_work) / block_work, 1, most_run_rows);
-  const auto cuts = cut_by_weight(count, run_rows, [&](int64_t p) { return passages.rows(p); });
-  std::vector<Task> tasks;
-  for (size_t run = 0; run + 1 < cuts.size(); ++run) {
-    for (size_t block = 0; block < blocks.size(); ++block) tasks.push_back({int32_t(block), cuts[run], cuts[run + 1]});
-  }
-  // A run that one long passage makes heavy goes first, so that it does not keep one thread busy at the end.
-  std::stable_partition(tasks.begin(), tasks.end(), [&](const Task& task) {
-    return passages.bounds[task.end] - passages.bounds[task.begin] > 2 * run_rows;
-  });
-
-  const auto make_worker = [&] { return Worker(most_rows(blocks), width); };
-  run_tasks(tasks, make_worker, [&](const Task& task, Worker& worker) {
-    const QueryBlock& block = blocks[task.block];
-    int32_t* winners = argmax != nullptr ? worker.winners.data() : nullptr;
-    float* best = worker.best.data();
-    for (int64_t p = task.begin; p < task.end; ++p) {
-      const bool empty = passages.rows(p) == 0;
-      if (!empty && block.rows > 0) {
-        const PassageRows passage = {passages.bounds[p], passages.bounds[p + 1], width};
-        const float* panels = packed.data() + block.packed_row * width;
-        best_rows(panels, block.rows, passages.data<T>(), passage, best, winners, worker.scratch.data());
-        if (floor[p]) apply_floor(block.rows, best, winners);
-      }
-      for (int64_t q = block.first_query; q < block.last_query; ++q) {
-        const int64_t at = queries.bounds[q] - block.first_row;
-        scores[q * count + p] = empty ? 0.f : sum_rows(best + at, queries.rows(q), mean);
-      }
-      if (argmax != nullptr) {
-        for (int64_t i = 0; i < block.rows; ++i) argmax[(block.first_row + i) * count + p] = empty ? -1 : winners[i];
-      }
-    }
-  });
-}
-
-// Numbers of pairs grouped by query or passage (column 0 or 1), ascending within a group.
-struct Groups {
-  Groups(const int32_t* pairs, int64_t pair_count, int column, int64_t group_count)
-      : begins(group_count + 1, 0), members(pair_count) {
-    for (int64_t i = 0; i < pair_count; ++i) ++begins[pairs[2 * i + column] + 1];
-    for (int64_t g = 0; g < group_count; ++g) begins[g + 1] += begins[g];
-    std::vector<int64_t> next(begins.begin(), begins.end() - 1);
-    for (int64_t i = 0; i < pair_count; ++i) members[next[pairs[2 * i + column]]++] = i;
-  }
-  std::vector<int64_t> begins;
-  std::vector<int64_t> members;
-};
-
-// Scores of the listed pairs; winners of pair k start at argmax[argmax_begin[k]] (both null if not wanted).
-template <class T>
-void score_pairs(
-    const Sequences& queries,
-    const Sequences& passages,
-    const int32_t* pairs,
-    int64_t pair_count,
-    const Groups& by_query,
-    const ZeroFloor& floor,
-    bool mean,
-    float* scores,
-    int32_t* argmax,
-    const int64_t* argmax_begin) {
-  const int64_t width = queries.width;
-  const MaxsimKernels& kernels = maxsim_kernels();
-  const auto best_rows = kernels.best(T{});
-  const auto blocks = query_blocks(queries.bounds, queries.count, 1);
-  const auto packed = pack_queries<T>(queries, blocks, kernels.lanes);
-
-  const auto work = [&](int64_t pair) {
-    return int64_t(queries.rows(pairs[2 * pair])) * passages.rows(pairs[2 * pair + 1]) * width + 1;
-  };
-  int64_t all_work = 0;
-  for (int64_t i = 0; i < pair_count; ++i) all_work += work(i);
-  const int64_t least = least_task(all_work);
-  std::vector<Task> tasks;
-  for (size_t block = 0; block < blocks.size(); ++block) {
-    // A block may also hold empty queries next to its own; their pairs score 0.
-    const int64_t first = by_query.begins[blocks[block].first_query];
-    const int64_t items = by_query.begins[blocks[block].last_query] - first;
-    const auto cuts = cut_by_weight(items, least, [&](int64_t i) { return work(by_query.members[first + i]); });
-    for (size_t run = 0; run + 1 < cuts.size(); ++run) {
-      tasks.push_back({int32_t(block), first + cuts[run], first + cuts[run + 1]});
-    }
-  }
-
-  const auto make_worker = [&] { return Worker(most_rows(blocks), width); };
-  run_tasks(tasks, make_worker, [&](const Task& task, Worker& worker) {
-    const QueryBlock& block = blocks[task.block];
-    for (int64_t item = task.begin; item < task.end; ++item) {
-      const int64_t pair = by_query.members[item];
-      const int64_t q = pairs[2 * pair], p = pairs[2 * pair + 1], rows = queries.rows(q);
-      int32_t* winners = argmax != nullptr ? argmax + argmax_begin[pair] : nullptr;
-      if (rows == 0 || passages.rows(p) == 0) {
-        scores[pair] = 0;
-        if (winners != nullptr) std::fill_n(winners, rows, -1);
-        continue;
-      }
-      const PassageRows passage = {passages.bounds[p], passages.bounds[p + 1], width};
-      const float* panels = packed.data() + block.packed_row * width;
-      float* best = worker.best.data();
-      int32_t* found = winners != nullptr ? worker.winners.data() : nullptr;
-      best_rows(panels, rows, passages.data<T>(), passage, best, found, worker.scratch.data());
-      if (floor[p]) apply_floor(rows, best, found);
-      if (winners != nullptr) std::copy_n(found, rows, winners);
-      scores[pair] = sum_rows(best, rows, mean);
-    }
-  });
-}
 
 // What one query's rows chose in one passage, and what the gradient of their score weighs.
 struct Choice {
@@ -381,9 +203,11 @@ std::tuple<Tensor, Tensor> maxsim_forward(
   const Tensor argmax = torch::stable::new_empty(
       query_offsets, {save_argmax ? query_rows.size(0) : 0, passages.count}, ScalarType::Int);
   with_float_type("maxsim_forward", query_rows.scalar_type(), [&](auto type) {
-    score_all<decltype(type)>(
+    using T = decltype(type);
+    score_all<FloatScorer<T>>(
         queries,
         passages,
+        passages.data<T>(),
         floor,
         mean,
         scores.mutable_data_ptr<float>(),
@@ -441,8 +265,19 @@ Tensor maxsim_pairs_forward(
   const Tensor scores = torch::stable::new_empty(query_rows, {pair_count}, ScalarType::Float);
   const Groups by_query(pairs, pair_count, 0, queries.count);
   with_float_type("maxsim_pairs_forward", query_rows.scalar_type(), [&](auto type) {
-    score_pairs<decltype(type)>(
-        queries, passages, pairs, pair_count, by_query, floor, mean, scores.mutable_data_ptr<float>(), nullptr, nullptr);
+    using T = decltype(type);
+    score_pairs<FloatScorer<T>>(
+        queries,
+        passages,
+        passages.data<T>(),
+        pairs,
+        pair_count,
+        by_query,
+        floor,
+        mean,
+        scores.mutable_data_ptr<float>(),
+        nullptr,
+        nullptr);
   });
   return scores;
 }
@@ -484,9 +319,10 @@ Gradients maxsim_pairs_backward(
   };
   with_float_type("maxsim_pairs_backward", query_rows.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    score_pairs<T>(
+    score_pairs<FloatScorer<T>>(
         queries,
         passages,
+        passages.data<T>(),
         pairs,
         pair_count,
         by_query,

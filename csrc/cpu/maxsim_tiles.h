@@ -56,23 +56,21 @@ void byte_tile(
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[r][v] = load(starts + v * kLanes);
   }
-  for (int64_t e = 0; e < width; e += 8) {
-    // A quarter of the bytes of a float tile: one line for every 8 elements covers R <= 10 rows and more.
+  // Not unrolled further: the compiler would reorder two steps into more values than there are registers.
+#pragma GCC unroll 1
+  for (int64_t e = 0; e < width; e += 4) {
     __builtin_prefetch(ahead.next);
-    ahead.next += ahead.advance / kPrefetchLines;
-#pragma GCC unroll 2
-    for (int step = 0; step < 8; step += 4) {
-      Ints column[V];
+    ahead.next += ahead.advance;
+    Ints column[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) column[v] = load_bytes(panel + ((e + step) * V + v * 4) * kLanes);
+    for (int v = 0; v < V; ++v) column[v] = load_bytes(panel + (e * V + v * 4) * kLanes);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        int32_t quad;
-        __builtin_memcpy(&quad, rows + r * stride + e + step, sizeof quad);
-        const Ints bytes = splat(quad);
+    for (int r = 0; r < R; ++r) {
+      int32_t quad;
+      __builtin_memcpy(&quad, rows + r * stride + e, sizeof quad);
+      const Ints bytes = splat(quad);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[r][v] = dot_bytes(acc[r][v], bytes, column[v]);
-      }
+      for (int v = 0; v < V; ++v) acc[r][v] = dot_bytes(acc[r][v], bytes, column[v]);
     }
   }
 #pragma GCC unroll 4
@@ -87,8 +85,8 @@ void byte_tile(
   }
 }
 
-// Calls body with `rows` (1 to kTileRows) as a compile-time constant.
-template <int R = kTileRows, class Body>
+// Calls body with `rows` (1 to R) as a compile-time constant.
+template <int R, class Body>
 void with_tile_rows(int64_t rows, const Body& body) {
   if constexpr (R == 1) {
     body(std::integral_constant<int, 1>{});
@@ -101,16 +99,16 @@ void with_tile_rows(int64_t rows, const Body& body) {
   }
 }
 
-// Visits tiles of passage rows and, for each, the panels of a group: body(tile rows, vectors, first row, first query row,
+// Visits tiles of kRows passage rows and, for each, the panels of a group: body(tile rows, vectors, first row, first query row,
 // first visit of this tile). bytes: of one packed query row.
-template <class Start, class Body>
+template <int kRows, class Start, class Body>
 void visit_tiles(int64_t rows, int64_t row_bytes, PassageRows passage, const Start& start, const Body& body) {
   constexpr int64_t kPanel = 2 * kLanes;
   const int64_t group = std::max<int64_t>(1, kGroupBytes / (kPanel * row_bytes)) * kPanel;
   for (int64_t begin = 0; begin < rows; begin += group) {
     const int64_t end = std::min(rows, begin + group);
-    for (int64_t row = passage.first; row < passage.last; row += kTileRows) {
-      with_tile_rows(std::min<int64_t>(kTileRows, passage.last - row), [&](auto tile_rows) {
+    for (int64_t row = passage.first; row < passage.last; row += kRows) {
+      with_tile_rows<kRows>(std::min<int64_t>(kRows, passage.last - row), [&](auto tile_rows) {
         start(row, tile_rows);
         for (int64_t at = begin; at < end; at += kPanel) {
           if (rows - at <= kLanes) {
@@ -142,7 +140,7 @@ void best_rows(
   std::fill_n(best, padded, -std::numeric_limits<float>::infinity());
   if (winners != nullptr) std::fill_n(winners, padded, passage.first);
   const float* tile = nullptr;
-  visit_tiles(
+  visit_tiles<kTileRows>(
       rows,
       width * sizeof(float),
       passage,
@@ -156,7 +154,7 @@ void best_rows(
       },
       [&](auto tile_rows, auto vectors, int64_t row, int64_t at, bool first) {
         constexpr int R = decltype(tile_rows)::value, V = decltype(vectors)::value;
-        const Prefetch ahead = first ? fetch_ahead(passages + (row + R) * width) : fetch_nothing(tile);
+        const Prefetch ahead = first ? fetch_ahead(passages + (row + R) * width, kPrefetchLines * 64) : fetch_nothing(tile);
         const float* panel = panels + at * width;
         if (winners != nullptr) {
           float_tile<R, V, true>(panel, tile, stride, width, ahead, int32_t(row), best + at, winners + at);
@@ -190,7 +188,7 @@ void best_quantized_rows(
   const int64_t stride = kBits == 8 ? width : width + 64;
   std::fill_n(best, (rows + kLanes - 1) / kLanes * kLanes, -std::numeric_limits<float>::infinity());
   const uint8_t* tile = nullptr;
-  visit_tiles(
+  visit_tiles<kByteTileRows>(
       rows,
       width,
       passage,
@@ -203,7 +201,7 @@ void best_quantized_rows(
       },
       [&](auto tile_rows, auto vectors, int64_t row, int64_t at, bool first) {
         constexpr int R = decltype(tile_rows)::value, V = decltype(vectors)::value;
-        const Prefetch ahead = first ? fetch_ahead(codes + (row + R) * row_bytes) : fetch_nothing(tile);
+        const Prefetch ahead = first ? fetch_ahead(codes + (row + R) * row_bytes, R * kBits / 2) : fetch_nothing(tile);
         byte_tile<R, V>(panels + at * width, starts + at, tile, stride, width, ahead, scales + row, best + at);
       });
 }

@@ -1,4 +1,4 @@
-"""Registration of `m3::maxsim_forward`, `m3::maxsim_pairs_forward` and their gradients."""
+"""Registration of `m3::maxsim_forward`, `m3::maxsim_pairs_forward` with gradients, and both on quantized passages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from m3kernels import _library
 from m3kernels._checks import check_offset_values
-from m3kernels.maxsim import reference
+from m3kernels.maxsim import mapped, reference
+from m3kernels.maxsim.quantized import QuantizedRows
 
 _ROWS = "Tensor queries, Tensor passages, Tensor query_offsets, Tensor passage_offsets"
 _library.define(
@@ -25,6 +26,11 @@ _library.define(
 _library.define(
     f"maxsim_pairs_backward(Tensor grad, {_ROWS}, Tensor pairs, Tensor? zero_floor, bool mean, bool allow_tf32)"
     " -> (Tensor, Tensor)"
+)
+_QUANTIZED = "Tensor queries, Tensor codes, Tensor scales, Tensor query_offsets, Tensor passage_offsets"
+_library.define(f"maxsim_quantized({_QUANTIZED}, Tensor? zero_floor, int bits, bool mean) -> Tensor")
+_library.define(
+    f"maxsim_pairs_quantized({_QUANTIZED}, Tensor pairs, Tensor? zero_floor, int bits, bool mean) -> Tensor"
 )
 
 
@@ -59,8 +65,22 @@ def _forward_cpu(
     if kernel is None or queries.dtype == torch.float64:
         scores, argmax = reference.maxsim(*rows, zero_floor, mean)
         return scores, argmax if save_argmax else argmax[:0].clone()
-    result: tuple[Tensor, Tensor] = kernel(*rows, zero_floor, mean, save_argmax)
-    return result
+    if save_argmax:
+        result: tuple[Tensor, Tensor] = kernel(*rows, zero_floor, mean, True)
+        return result
+    parts = [
+        kernel(
+            queries,
+            mapped.window_rows(passages, passage_offsets, *window),
+            query_offsets,
+            mapped.shifted_offsets(passage_offsets, *window),
+            mapped.window_floor(zero_floor, *window),
+            mean,
+            False,
+        )[0]
+        for window in mapped.windows(passages, passage_offsets)
+    ]
+    return mapped.join(parts), query_offsets.new_empty((0, passage_offsets.shape[0] - 1))
 
 
 def _backward_cpu(
@@ -123,11 +143,102 @@ def _pairs_backward_cpu(
     return result
 
 
+def _quantized_cpu(
+    queries: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    zero_floor: Tensor | None,
+    bits: int,
+    mean: bool,
+) -> Tensor:
+    _check_values(queries, codes, query_offsets, passage_offsets)
+    kernel = _library.cpu_kernel("maxsim_quantized")
+    if kernel is None or queries.dtype == torch.float64:
+        return _quantized_by_floats(queries, codes, scales, query_offsets, passage_offsets, zero_floor, bits, mean)
+    parts = [
+        kernel(
+            queries,
+            mapped.window_rows(codes, passage_offsets, *window),
+            mapped.window_rows(scales, passage_offsets, *window),
+            query_offsets,
+            mapped.shifted_offsets(passage_offsets, *window),
+            mapped.window_floor(zero_floor, *window),
+            bits,
+            mean,
+        )
+        for window in mapped.windows(codes, passage_offsets)
+    ]
+    return mapped.join(parts)
+
+
+def _pairs_quantized_cpu(
+    queries: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    pairs: Tensor,
+    zero_floor: Tensor | None,
+    bits: int,
+    mean: bool,
+) -> Tensor:
+    _check_values(queries, codes, query_offsets, passage_offsets)
+    _check_pairs(pairs, query_offsets, passage_offsets)
+    arguments = (queries, codes, scales, query_offsets, passage_offsets, pairs, zero_floor, bits, mean)
+    kernel = _library.cpu_kernel("maxsim_pairs_quantized")
+    if kernel is None or queries.dtype == torch.float64:
+        return _pairs_quantized_by_floats(*arguments)
+    scores: Tensor = kernel(*arguments)
+    return scores
+
+
+def _quantized_by_floats(
+    queries: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    zero_floor: Tensor | None,
+    bits: int,
+    mean: bool,
+) -> Tensor:
+    """Scores of the rows that the codes stand for; holds them all in the dtype of the queries."""
+    passages = QuantizedRows(codes, scales, bits).dequantize().to(queries.dtype)
+    rows = (queries, passages, query_offsets, passage_offsets)
+    scores: Tensor = torch.ops.m3.maxsim_forward(*rows, zero_floor, mean, False, False)[0]
+    return scores
+
+
+def _pairs_quantized_by_floats(
+    queries: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    pairs: Tensor,
+    zero_floor: Tensor | None,
+    bits: int,
+    mean: bool,
+) -> Tensor:
+    """Scores of the rows that the codes stand for; holds them all in the dtype of the queries."""
+    passages = QuantizedRows(codes, scales, bits).dequantize().to(queries.dtype)
+    rows = (queries, passages, query_offsets, passage_offsets)
+    scores: Tensor = torch.ops.m3.maxsim_pairs_forward(*rows, pairs, zero_floor, mean, False)
+    return scores
+
+
+_library.implement("maxsim_quantized", "CUDA", _quantized_by_floats)
+_library.implement("maxsim_pairs_quantized", "CUDA", _pairs_quantized_by_floats)
+
 for _name, _function in (
     ("maxsim_forward", _forward_cpu),
     ("maxsim_backward", _backward_cpu),
     ("maxsim_pairs_forward", _pairs_forward_cpu),
     ("maxsim_pairs_backward", _pairs_backward_cpu),
+    ("maxsim_quantized", _quantized_cpu),
+    ("maxsim_pairs_quantized", _pairs_quantized_cpu),
 ):
     _library.implement(_name, "CPU", _function)
 
@@ -167,6 +278,27 @@ def _pairs_forward_fake(
 @torch.library.register_fake("m3::maxsim_pairs_backward", lib=_library.LIBRARY)
 def _pairs_backward_fake(grad: Tensor, queries: Tensor, passages: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(queries), torch.empty_like(passages)
+
+
+@torch.library.register_fake("m3::maxsim_quantized", lib=_library.LIBRARY)
+def _quantized_fake(
+    queries: Tensor, codes: Tensor, scales: Tensor, query_offsets: Tensor, passage_offsets: Tensor, *_options: Any
+) -> Tensor:
+    shape = (query_offsets.shape[0] - 1, passage_offsets.shape[0] - 1)
+    return queries.new_empty(shape, dtype=_score_dtype(queries))
+
+
+@torch.library.register_fake("m3::maxsim_pairs_quantized", lib=_library.LIBRARY)
+def _pairs_quantized_fake(
+    queries: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    pairs: Tensor,
+    *_options: Any,
+) -> Tensor:
+    return queries.new_empty((pairs.shape[0],), dtype=_score_dtype(queries))
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

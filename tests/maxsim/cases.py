@@ -56,7 +56,7 @@ def ragged_batches(draw: Callable[..., object]) -> Batch:
 
 
 def similarity_bound(batch: Batch) -> float:
-    """Largest error of a float32 similarity: width roundings of partial sums no larger than Σ |q_e p_e| (Higham 3.1)."""
+    """Largest error of a float32 similarity: width roundings of partial sums of at most Σ |q_e p_e| (Higham, 3.1)."""
     if not batch.queries.numel() or not batch.passages.numel():
         return 0.0
     absolute = batch.queries.double().abs() @ batch.passages.double().abs().T

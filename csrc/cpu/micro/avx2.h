@@ -19,6 +19,8 @@ using torch::headeronly::Half;
 constexpr int kLanes = 8;
 // Rows of a register tile: 6 rows x 2 vectors = 12 accumulators, 2 registers for the panel, 1 for a broadcast element.
 constexpr int kTileRows = 6;
+// 5 rows for bytes: 10 accumulators, 2 for the panel, 1 for 4 broadcast bytes, 1 for the ones and 1 for a product.
+constexpr int kByteTileRows = 5;
 
 using Floats = __m256;
 using Ints = __m256i;

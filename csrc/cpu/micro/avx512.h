@@ -24,6 +24,7 @@ using torch::headeronly::Half;
 constexpr int kLanes = 16;
 // Rows of a register tile: 12 rows x 2 vectors = 24 accumulators of the 32 registers.
 constexpr int kTileRows = 12;
+constexpr int kByteTileRows = 12;
 
 using Floats = __m512;
 using Ints = __m512i;

@@ -19,6 +19,7 @@ using torch::headeronly::Half;
 
 constexpr int kLanes = 4;
 constexpr int kTileRows = 6;
+constexpr int kByteTileRows = 4;
 
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));

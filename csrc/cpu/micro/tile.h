@@ -12,14 +12,15 @@
 
 namespace m3::M3_ISA {
 
-// Where to fetch ahead: `advance` = kTileRows / 2 lines of 64 bytes per 8 elements, or 0 to ask for one line only.
+// Where to fetch ahead, and how many bytes further with each step of the loop; 0 keeps to one line, which is then warm.
 struct Prefetch {
   const char* next;
   int64_t advance;
 };
+// Lines of 64 bytes per step of 8 elements that bring kTileRows rows of floats.
 constexpr int kPrefetchLines = kTileRows / 2;
 
-inline Prefetch fetch_ahead(const void* next) { return {static_cast<const char*>(next), kPrefetchLines * 64}; }
+inline Prefetch fetch_ahead(const void* next, int64_t advance) { return {static_cast<const char*>(next), advance}; }
 inline Prefetch fetch_nothing(const void* warm) { return {static_cast<const char*>(warm), 0}; }
 
 template <int R, int V>
