@@ -35,7 +35,7 @@ def flash_attention_varlen(
         q, k, v: packed rows [T, H, D] of equal shape; float32, bfloat16, float16 (float64 through the reference).
             Sums run in float32.
         offsets: int32 [N + 1] on the same device; sequence i owns rows offsets[i]:offsets[i + 1], which may be none.
-        max_length: an upper bound of the longest sequence, used on a GPU to size the launch; default T.
+        max_length: an upper bound of the longest sequence, a hint that changes no result; default T.
         scale: factor of the scores, default D ** -0.5.
         keep_probability: sampled attention of RetroMAE's decoder (arXiv 2205.12035, section 3.3): each row attends to
             the first row of its sequence, never to itself, and to every other row with this probability in (0, 1].

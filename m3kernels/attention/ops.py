@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3kernels import _library
+from m3kernels import _library, _tiles
 from m3kernels._checks import check_offset_values
 from m3kernels.attention import reference
 
@@ -64,6 +64,52 @@ def _backward_cpu(
     return result
 
 
+def _forward_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    scale: float,
+    keep_probability: float | None,
+    dropout_p: float,
+    seed: int,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    if q.dtype == torch.float64:
+        return reference.flash_attention_varlen(q, k, v, offsets, scale, keep_probability, dropout_p, seed)
+    from m3kernels.attention import triton_kernels
+
+    options = triton_kernels.Options(scale, keep_probability, dropout_p, seed, allow_tf32)
+    with torch.cuda.device(q.device):
+        return triton_kernels.forward(q, k, v, offsets, options, _tiles.for_device("attention", q.device))
+
+
+def _backward_cuda(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    scale: float,
+    keep_probability: float | None,
+    dropout_p: float,
+    seed: int,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (grad_out, q, k, v, out, log_sum_exp, offsets)
+    if q.dtype == torch.float64:
+        return reference.flash_attention_varlen_backward(*tensors, scale, keep_probability, dropout_p, seed)
+    from m3kernels.attention import triton_kernels
+
+    options = triton_kernels.Options(scale, keep_probability, dropout_p, seed, allow_tf32)
+    with torch.cuda.device(q.device):
+        return triton_kernels.backward(*tensors, options, _tiles.for_device("attention", q.device))
+
+
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *_options: Any) -> tuple[Tensor, Tensor]:
     sums = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((q.shape[1], q.shape[0]), dtype=sums)
@@ -89,6 +135,8 @@ def _autograd_backward(ctx: Any, grad_out: Tensor, _grad_log_sum_exp: Tensor) ->
 
 _library.implement("flash_attention_forward", "CPU", _forward_cpu)
 _library.implement("flash_attention_backward", "CPU", _backward_cpu)
+_library.implement("flash_attention_forward", "CUDA", _forward_cuda)
+_library.implement("flash_attention_backward", "CUDA", _backward_cuda)
 torch.library.register_fake("m3::flash_attention_forward", _forward_fake, lib=_library.LIBRARY)
 torch.library.register_fake("m3::flash_attention_backward", _backward_fake, lib=_library.LIBRARY)
 torch.library.register_autograd(
