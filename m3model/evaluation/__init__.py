@@ -4,6 +4,7 @@ from m3model.evaluation.baselines import BM25, DenseBaseline, System
 from m3model.evaluation.datasets import DATASETS, read_tasks
 from m3model.evaluation.harness import Results, evaluate
 from m3model.evaluation.hybrid import unite
+from m3model.evaluation.m3_system import M3System
 from m3model.evaluation.metrics import Comparison, Interval, compare_systems, holm, interval, per_query
 from m3model.evaluation.presets import PRESETS, HybridWeights, preset
 from m3model.evaluation.report import write_report
@@ -19,6 +20,7 @@ __all__ = [
     "DenseBaseline",
     "HybridWeights",
     "Interval",
+    "M3System",
     "Passage",
     "Results",
     "System",

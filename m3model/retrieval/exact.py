@@ -230,6 +230,41 @@ class ExactIndex:
         index._stored_in = (folder, manifest.generation)
         return index
 
+    @classmethod
+    def union(cls, indexes: Sequence[ExactIndex], *, parts: Sequence[str] | None = None) -> ExactIndex:
+        """An index over the documents of all `indexes`, which shares their arrays.
+
+        Args:
+            indexes: with different ids, made by one model.
+            parts: which representations it searches; default all that they hold.
+
+        Raises:
+            ValueError: an id occurs twice, the models or widths differ, or a representation is not there.
+        """
+        union = cls(indexes[0].fingerprint if indexes else None)
+        for index in indexes:
+            if union.fingerprint is not None and index.fingerprint is not None:
+                union.check_model(index.fingerprint)
+            for _, segment in index._numbered():
+                stored = segment.embeddings
+                chosen = [part for part in _PARTS if getattr(stored, part) is not None] if parts is None else parts
+                if absent := [part for part in chosen if getattr(stored, part, None) is None]:
+                    raise ValueError(f"parts are {list(chosen)}, but an index has no {', '.join(absent)}")
+                embeddings = type(stored)(**{part: getattr(stored, part) for part in chosen})
+                widths = _widths(embeddings)
+                row_dtype = embeddings.multi_vector.rows.dtype if embeddings.multi_vector is not None else None
+                if union._widths is not None and (widths, row_dtype) != (union._widths, union._row_dtype):
+                    held = _describe(union._widths, union._row_dtype)
+                    raise ValueError(f"an index has {_describe(widths, row_dtype)}, the ones before it {held}")
+                union._widths, union._row_dtype = widths, row_dtype
+                ids = segment.ids.strings()
+                before = len(union)
+                union._number_of.update(zip(ids, range(before, before + len(ids))))
+                if len(union) != before + len(ids):
+                    raise ValueError("a document id occurs in two of the indexes")
+                union._segments.append((None, Segment(segment.ids, segment.documents, embeddings)))
+        return union
+
     def _settle(self) -> None:
         """Make a segment of what was added, merged with those before it that are not much larger."""
         if not self._pending:

@@ -1,0 +1,69 @@
+"""Streamed ingest into an index: blocks of documents are encoded, added and stored; then they are acknowledged.
+
+What was acknowledged survives a crash; what was not is encoded again when the same stream is given again. A document
+that the index holds is passed over, so that ingest can be stopped and repeated at any time and nothing is doubled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from m3model.embeddings import EncodedTexts
+from m3model.retrieval.exact import ExactIndex
+from m3model.retrieval.milvus import MilvusIndex, document_digest
+
+__all__ = ["ingest_stream"]
+
+Document = tuple[str, Mapping[str, Any]]
+"""Id and JSON object of a document."""
+
+
+def ingest_stream(
+    index: ExactIndex | MilvusIndex,
+    documents: Iterable[Document],
+    encode: Callable[[Sequence[Mapping[str, Any]]], EncodedTexts],
+    *,
+    folder: str | None = None,
+    block: int = 1024,
+) -> Iterator[list[str]]:
+    """Add a stream of documents; yields the ids of each block once they are stored.
+
+    Args:
+        index: an ExactIndex, which is saved to `folder` after every block, or a MilvusIndex.
+        documents: ids and JSON objects. A MilvusIndex replaces a document whose object has changed; an ExactIndex
+            keeps what it holds.
+        encode: from the JSON objects of a block to their embeddings; called for new documents only.
+        folder: of the ExactIndex.
+        block: documents encoded and stored together.
+
+    Raises:
+        ValueError: an id comes twice in a block with different objects, an ExactIndex without folder, or block below 1.
+    """
+    if isinstance(index, ExactIndex) == (folder is None):
+        raise ValueError("folder is for an ExactIndex, which needs one; a MilvusIndex stores by itself")
+    if block < 1:
+        raise ValueError(f"block is {block}; accepted: at least 1")
+    stream = iter(documents)
+    while taken := list(islice(stream, block)):
+        fresh: dict[str, Mapping[str, Any]] = {}
+        for document, content in taken:
+            if document in fresh and fresh[document] != content:
+                raise ValueError(f"the id {document!r} comes twice with different contents")
+            fresh[document] = content
+        if isinstance(index, MilvusIndex):
+            held = index.digests(list(fresh))
+            new = {name: content for name, content in fresh.items() if held.get(name) != document_digest(content)}
+        else:
+            new = {name: content for name, content in fresh.items() if name not in index}
+        if new:
+            contents = list(new.values())
+            embeddings = encode(contents)
+            if isinstance(index, MilvusIndex):
+                index.upsert(list(new), embeddings, contents)
+            else:
+                index.add(list(new), embeddings, contents)
+                assert folder is not None
+                index.save(folder)
+        yield list(fresh)
