@@ -3,7 +3,8 @@
 m3kernels/<op>/tiles.json maps architecture → kernel → arithmetic → width → tile, a tile being
 [block_m, block_n, num_warps, num_stages] or, for products over long rows, [block_m, block_n, block_k, num_warps,
 num_stages]. Arithmetic is "16bit" (bfloat16, float16), "float32" (IEEE: no tensor cores) or "tf32". The width taken is
-the smallest listed that is not below the call's. `m3kernels.tuning` measures candidates on a GPU and rewrites the file.
+the smallest listed that is not below the call's; for maxsim's two forward kernels it counts query rows, not E.
+`m3kernels.tuning` measures candidates on a GPU and rewrites the file.
 
 The entries in the repository were chosen by what the compiler made of them (`m3kernels.compiled_tables`: no spilled
 registers, every 16-bit product on tensor cores), not by time on a device. The table of sm_80 keeps to 99 KiB of shared

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3kernels import _library
+from m3kernels import _library, _tiles
 from m3kernels._checks import check_offset_values
 from m3kernels.maxsim import mapped, reference
 from m3kernels.maxsim.quantized import QuantizedRows
@@ -229,8 +229,100 @@ def _pairs_quantized_by_floats(
     return scores
 
 
-_library.implement("maxsim_quantized", "CUDA", _quantized_by_floats)
-_library.implement("maxsim_pairs_quantized", "CUDA", _pairs_quantized_by_floats)
+def _forward_cuda(
+    queries: Tensor,
+    passages: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    zero_floor: Tensor | None,
+    mean: bool,
+    save_argmax: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = (queries, passages, query_offsets, passage_offsets)
+    if queries.dtype == torch.float64:
+        scores, argmax = reference.maxsim(*rows, zero_floor, mean)
+        return scores, argmax if save_argmax else argmax[:0].clone()
+    from m3kernels.maxsim import triton_kernels
+
+    tiles = _tiles.for_device("maxsim", queries.device)
+    with torch.cuda.device(queries.device):
+        return triton_kernels.forward(*rows, zero_floor, mean, save_argmax, allow_tf32, tiles)
+
+
+def _backward_cuda(
+    grad: Tensor,
+    queries: Tensor,
+    passages: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    zero_floor: Tensor | None,
+    argmax: Tensor,
+    mean: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = (queries, passages, query_offsets, passage_offsets)
+    if queries.dtype == torch.float64:
+        if argmax.shape[0] != queries.shape[0]:
+            argmax = reference.maxsim(*rows, zero_floor, mean)[1]
+        return reference.maxsim_backward(grad, *rows, argmax, mean)
+    from m3kernels.maxsim import triton_kernels
+
+    tiles = _tiles.for_device("maxsim", queries.device)
+    with torch.cuda.device(queries.device):
+        return triton_kernels.backward(grad, *rows, zero_floor, argmax, mean, allow_tf32, tiles)
+
+
+def _pairs_forward_cuda(
+    queries: Tensor,
+    passages: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    pairs: Tensor,
+    zero_floor: Tensor | None,
+    mean: bool,
+    allow_tf32: bool,
+) -> Tensor:
+    rows = (queries, passages, query_offsets, passage_offsets)
+    if queries.dtype == torch.float64:
+        return reference.maxsim_pairs(*rows, pairs, zero_floor, mean)
+    from m3kernels.maxsim import triton_kernels
+
+    tiles = _tiles.for_device("maxsim", queries.device)
+    with torch.cuda.device(queries.device):
+        return triton_kernels.pairs_forward(*rows, pairs, zero_floor, mean, allow_tf32, tiles)
+
+
+def _pairs_backward_cuda(
+    grad: Tensor,
+    queries: Tensor,
+    passages: Tensor,
+    query_offsets: Tensor,
+    passage_offsets: Tensor,
+    pairs: Tensor,
+    zero_floor: Tensor | None,
+    mean: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = (queries, passages, query_offsets, passage_offsets)
+    if queries.dtype == torch.float64:
+        return reference.maxsim_pairs_backward(grad, *rows, pairs, zero_floor, mean)
+    from m3kernels.maxsim import triton_kernels
+
+    tiles = _tiles.for_device("maxsim", queries.device)
+    with torch.cuda.device(queries.device):
+        return triton_kernels.pairs_backward(grad, *rows, pairs, zero_floor, mean, allow_tf32, tiles)
+
+
+for _name, _function in (
+    ("maxsim_forward", _forward_cuda),
+    ("maxsim_backward", _backward_cuda),
+    ("maxsim_pairs_forward", _pairs_forward_cuda),
+    ("maxsim_pairs_backward", _pairs_backward_cuda),
+    ("maxsim_quantized", _quantized_by_floats),
+    ("maxsim_pairs_quantized", _pairs_quantized_by_floats),
+):
+    _library.implement(_name, "CUDA", _function)
 
 for _name, _function in (
     ("maxsim_forward", _forward_cpu),

@@ -22,7 +22,7 @@ from m3kernels import compiled_tables
 from m3kernels.compiled_facts import CompiledFacts, compile_facts
 
 ROOT = Path(__file__).parents[2]
-OPS = ("attention",)
+OPS = ("attention", "maxsim")
 ARCHITECTURES = (80, 90, 100)
 PRODUCT_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 
