@@ -65,7 +65,7 @@ def test_planted_races_are_reported_with_their_place_and_a_sound_kernel_is_not()
     assert "Sanitizer" not in reports[SOUND], reports[SOUND]
     for bug, kernel in zip(races, ("missing_barrier", "missing_second_barrier", "unordered_add")):
         assert "WARNING: ThreadSanitizer: data race" in reports[bug], output_of(result)
-        assert re.search(rf"{kernel}_kernel\(float\*\).*planted_bugs\.cu:\d+", reports[bug]), reports[bug]
+        assert re.search(rf"{kernel}_kernel .*planted_bugs\.cu:\d+", reports[bug]), reports[bug]
 
 
 @pytest.mark.parametrize(("bug", "kind"), [(GLOBAL_OVERRUN, "heap"), (SHARED_OVERRUN, "global")])
@@ -77,7 +77,7 @@ def test_planted_writes_out_of_bounds_are_reported_with_their_place_and_a_sound_
     sound, report = result.stderr.split("ran bug 0\n")
     assert "Sanitizer" not in sound, sound
     assert f"ERROR: AddressSanitizer: {kind}-buffer-overflow" in report, output_of(result)
-    assert re.search(r"overrun_kernel\(float\*\).*planted_bugs\.cu:\d+", report), report
+    assert re.search(r"overrun_kernel .*planted_bugs\.cu:\d+", report), report
 
 
 def test_a_divergent_barrier_aborts_and_names_the_thread() -> None:
