@@ -48,7 +48,7 @@ def head() -> list[Row]:
     for batch, length in ((1, 512), (8, 512), (64, 512), (1, 8192)):
         case = f"{batch} x {length}, width {sparse_calls.WIDTH}"
         rows += rows_of("head forward", case, interleaved(sparse_calls.head_forward(batch, length), 7, 4))
-        # The official formula holds 4 bytes · B · L · 250 002 three times: 12 GB at 8 x 512, 98 GB at 64 x 512.
+        # The official formula makes 4 bytes · B · L · 250 002 twice: 8 GB at 8 x 512, 66 GB at 64 x 512.
         calls = sparse_calls.head_training(batch, length, with_official=batch * length <= 4096)
         times = interleaved(calls, 5, 15)
         returned = 4 * (batch * length * sparse_calls.WIDTH + sparse_calls.WIDTH + 1)

@@ -1,6 +1,7 @@
 """Lexical vectors of real text for the sparse benchmarks: XLM-R tokens of ../shared/data with BM25 weights 1 to 255.
 
-The weights are whole numbers, so that every peer (some store eight bits) can give exactly the same scores.
+The weights are whole numbers, and the largest of a question is 32, so that every peer can give exactly the same scores
+(bmp stores eight bits and scales query weights to 32 steps).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def tokens() -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32], N
 
 
 def collection(questions: int) -> tuple[SparseBatch, SparseBatch]:
-    """All passages with BM25 weights in 1..255, and `questions` questions with their inverse frequencies in 1..16."""
+    """All passages with BM25 weights in 1..255, and `questions` questions with inverse frequencies in 1..32."""
     passage_ids, passage_offsets, question_ids, question_offsets = tokens()
     picked = np.linspace(0, len(question_offsets) - 2, questions).astype(int)
     rows = [question_ids[question_offsets[i] : question_offsets[i + 1]] for i in picked]
@@ -63,7 +64,10 @@ def collection(questions: int) -> tuple[SparseBatch, SparseBatch]:
     impact /= counts + K1 * (1 - B + B * owner_length / lengths.mean())
     weights = np.clip(np.rint(impact * (255 / impact.max())), 1, 255).astype(np.float32)
     queries, query_counts = _counted(*_packed(rows))
-    query_weights = np.clip(np.rint(rarity[queries.token_ids.numpy()]), 1, 16).astype(np.float32) * query_counts
+    importance = rarity[queries.token_ids.numpy()] * query_counts
+    largest = np.maximum.reduceat(importance, queries.offsets.numpy()[:-1])
+    importance /= np.repeat(largest, queries.offsets.diff().numpy())
+    query_weights = np.clip(np.rint(32 * importance), 1, 32).astype(np.float32)
     return passages._replace(weights=torch.from_numpy(weights)), queries._replace(
         weights=torch.from_numpy(query_weights)
     )
