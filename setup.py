@@ -96,7 +96,8 @@ class BuildExtension(cpp_extension.BuildExtension):
         super().copy_extensions_to_source()
 
     def compile_cuda(self, sources: list[str]) -> list[str]:
-        folder = Path(self.build_temp).resolve() / "nvcc"
+        # Not build_temp, which an editable install throws away: objects are reused, and tests read ptxas' logs here.
+        folder = ROOT / "build" / "nvcc"
         folder.mkdir(parents=True, exist_ok=True)
         archs = cuda_architectures()
         newest = max(archs, key=lambda arch: int(re.sub(r"\D", "", arch)))
@@ -104,7 +105,6 @@ class BuildExtension(cpp_extension.BuildExtension):
         codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
         includes = [f"-I{TORCH_INCLUDE}", f"-I{ROOT / 'csrc' / 'include'}"]
         command = " ".join([str(CUDA_HOME / "bin" / "nvcc"), *NVCC_FLAGS, *codes, *includes])
-        # The log keeps ptxas' registers and spills of every kernel; the tests read it.
         rules = [
             "rule nvcc",
             f"  command = {command} -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)",

@@ -9,12 +9,13 @@ from m3kernels.attention import flash_attention, flash_attention_varlen, varlen_
 from m3kernels.build_info import BuildInfo, build_info
 from m3kernels.maxsim import QuantizedRows, maxsim, maxsim_pairs, maxsim_topk, quantize_rows
 from m3kernels.packing import offsets_from_lengths, pack, unpack
-from m3kernels.sparse import SparseBatch, sparse_embed, sparse_pool, sparse_scores
+from m3kernels.sparse import SparseBatch, SparseIndex, sparse_embed, sparse_pool, sparse_scores
 
 __all__ = [
     "BuildInfo",
     "QuantizedRows",
     "SparseBatch",
+    "SparseIndex",
     "__version__",
     "build_info",
     "flash_attention",

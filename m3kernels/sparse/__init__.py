@@ -10,8 +10,9 @@ from torch import Tensor
 from m3kernels._checks import check_offsets, check_tensor
 from m3kernels.sparse import ops as _ops  # noqa: F401  (registers the ops)
 from m3kernels.sparse.batch import SparseBatch
+from m3kernels.sparse.index import SparseIndex, SparseSearchResult
 
-__all__ = ["SparseBatch", "sparse_embed", "sparse_pool", "sparse_scores"]
+__all__ = ["SparseBatch", "SparseIndex", "SparseSearchResult", "sparse_embed", "sparse_pool", "sparse_scores"]
 
 
 def sparse_pool(
@@ -66,6 +67,8 @@ def sparse_embed(
     check_tensor("hidden", hidden, dims=2)
     check_tensor("weight", weight, dims=1, dtypes=(hidden.dtype,), device=hidden.device)
     check_tensor("bias", bias, dims=1, dtypes=(hidden.dtype,), device=hidden.device)
+    if hidden.shape[1] == 0:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; accepted: a width of at least 1")
     if weight.shape[0] != hidden.shape[1]:
         raise ValueError(f"weight has {weight.shape[0]} entries, but hidden has width {hidden.shape[1]}")
     if bias.shape[0] != 1:

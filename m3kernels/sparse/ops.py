@@ -52,7 +52,8 @@ def _check_token_values(token_ids: Tensor, offsets: Tensor) -> None:
         raise ValueError(f"token_ids run from {ids.min()} to {ids.max()}; accepted: 0 to {NO_ID - 1}")
 
 
-def _check_batch_values(name: str, token_ids: Tensor, offsets: Tensor) -> None:
+def check_batch_values(name: str, token_ids: Tensor, offsets: Tensor) -> None:
+    """Check offsets, capacity and the order of ids of a SparseBatch; reads values, on the CPU only."""
     if token_ids.device.type != "cpu":
         return
     count = int(offsets[-1])
@@ -98,8 +99,8 @@ def _embed_backward(
 
 
 def _scores(*sides: Tensor) -> Tensor:
-    _check_batch_values("queries", sides[0], sides[2])
-    _check_batch_values("passages", sides[3], sides[5])
+    check_batch_values("queries", sides[0], sides[2])
+    check_batch_values("passages", sides[3], sides[5])
     scores: Tensor = _kernel("sparse_scores", sides[1])(*(x.contiguous() for x in sides))
     return scores
 
