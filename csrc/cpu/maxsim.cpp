@@ -9,7 +9,7 @@
 // Backward: 2·E FLOPs for each query row and passage, forwards and back, bound by memory. A query row gathers its winners;
 // a passage sorts the query rows by the row they chose (counting sort) and each of its rows sums its own list. Every sum
 // belongs to one thread and has a fixed order: no atomics on floats, and no result depends on the number of threads.
-// Memory: the argmax, int32 [Tq, Np], where it is saved; nothing larger.
+// Memory: the argmax, int32 [Tq, Np], where it is saved, and Tq·E floats.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -21,6 +21,8 @@ namespace m3 {
 namespace {
 
 using Gradients = std::tuple<Tensor, Tensor>;
+
+constexpr int64_t kGatherBytes = 8 << 20;
 
 // Passages of the same float dtype as the queries.
 template <class T>
@@ -81,7 +83,7 @@ struct Choice {
 
 float row_weight(float grad, int64_t rows, bool mean) { return mean && rows > 0 ? grad / rows : grad; }
 
-// Where a sum over rows is formed: in the output, or in a buffer that is then narrowed to it.
+// Where the sum of one row is formed: in the output, or in a buffer that is then narrowed to it.
 template <class T>
 class SumInto {
  public:
@@ -100,9 +102,10 @@ class SumInto {
   std::vector<float> buffer_;
 };
 
-// choices(q, append) appends the choices of query q, in ascending order of passages or pairs.
+// Adds to sums [Tq, E] what the rows of each query chose; choices(q, list) appends the choices of query q, in ascending
+// order of passages or pairs.
 template <class T, class Choices>
-void gather_queries(const Sequences& queries, const Sequences& passages, const Choices& choices, T* grad) {
+void gather_queries(const Sequences& queries, const Sequences& passages, const Choices& choices, float* sums) {
   constexpr int64_t kRowsPerTask = 8;
   std::vector<Task> tasks;
   for (int64_t q = 0; q < queries.count; ++q) {
@@ -113,13 +116,11 @@ void gather_queries(const Sequences& queries, const Sequences& passages, const C
   const auto weighted_sum = maxsim_kernels().sum(T{});
   const int64_t width = queries.width;
   struct Lists {
-    explicit Lists(int64_t width) : sum_into(width) {}
     std::vector<Choice> choices;
     std::vector<int32_t> index;
-    std::vector<float> weights;
-    SumInto<T> sum_into;
+    std::vector<float> weights, sum;
   };
-  const auto make_worker = [&] { return Lists(width); };
+  const auto make_worker = [&] { return Lists{{}, {}, {}, std::vector<float>(width)}; };
   run_tasks(tasks, make_worker, [&](const Task& task, Lists& lists) {
     lists.choices.clear();
     choices(task.block, lists.choices);
@@ -132,13 +133,41 @@ void gather_queries(const Sequences& queries, const Sequences& passages, const C
         lists.index.push_back(winner);
         lists.weights.push_back(choice.weight);
       }
-      lists.sum_into(grad + (queries.bounds[task.block] + i) * width, width, [&](float* out) {
-        weighted_sum(
-            passages.data<T>(), width, lists.index.data(), lists.weights.data(), int64_t(lists.index.size()), out);
-      });
+      float* sum = lists.sum.data();
+      weighted_sum(passages.data<T>(), width, lists.index.data(), lists.weights.data(), int64_t(lists.index.size()), sum);
+      float* out = sums + (queries.bounds[task.block] + i) * width;
+      for (int64_t e = 0; e < width; ++e) out[e] += sum[e];
     }
   });
 }
+
+// Where gradients of queries [Tq, E] are summed: the tensor itself, or floats that are narrowed to it at the end.
+template <class T>
+class QuerySums {
+ public:
+  explicit QuerySums(const Tensor& grad) : grad_(static_cast<T*>(grad.mutable_data_ptr())), count_(grad.numel()) {
+    if constexpr (std::is_same_v<T, float>) {
+      std::fill_n(grad_, count_, 0.f);
+    } else {
+      buffer_.resize(count_, 0.f);
+    }
+  }
+  float* data() {
+    if constexpr (std::is_same_v<T, float>) {
+      return grad_;
+    } else {
+      return buffer_.data();
+    }
+  }
+  void finish() {
+    for (size_t i = 0; i < buffer_.size(); ++i) grad_[i] = T(buffer_[i]);
+  }
+
+ private:
+  T* const grad_;
+  const int64_t count_;
+  std::vector<float> buffer_;
+};
 
 // choices(p, append) appends the choices made in passage p, in ascending order of queries or pairs.
 template <class T, class Choices>
@@ -240,13 +269,20 @@ Gradients maxsim_backward(
   };
   with_float_type("maxsim_backward", query_rows.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const auto of_query = [&](int64_t q, std::vector<Choice>& list) {
-      for (int64_t p = 0; p < count; ++p) list.push_back(choice(q, p));
-    };
+    QuerySums<T> sums(grad_queries);
+    // Run by run: the winners that all queries gather from one run of passages come out of the shared cache.
+    const int64_t run_rows = std::max<int64_t>(1, kGatherBytes / int64_t(queries.width * sizeof(T)));
+    const auto cuts = cut_by_weight(count, run_rows, [&](int64_t p) { return passages.rows(p); });
+    for (size_t run = 0; run + 1 < cuts.size(); ++run) {
+      const auto of_query = [&](int64_t q, std::vector<Choice>& list) {
+        for (int64_t p = cuts[run]; p < cuts[run + 1]; ++p) list.push_back(choice(q, p));
+      };
+      gather_queries<T>(queries, passages, of_query, sums.data());
+    }
+    sums.finish();
     const auto of_passage = [&](int64_t p, std::vector<Choice>& list) {
       for (int64_t q = 0; q < queries.count; ++q) list.push_back(choice(q, p));
     };
-    gather_queries<T>(queries, passages, of_query, static_cast<T*>(grad_queries.mutable_data_ptr()));
     collect_passages<T>(queries, passages, of_passage, static_cast<T*>(grad_passages.mutable_data_ptr()));
   });
   return {grad_queries, grad_passages};
@@ -334,7 +370,9 @@ Gradients maxsim_pairs_backward(
         scores.data(),
         winners.data(),
         winners_begin.data());
-    gather_queries<T>(queries, passages, of_group(by_query), static_cast<T*>(grad_queries.mutable_data_ptr()));
+    QuerySums<T> sums(grad_queries);
+    gather_queries<T>(queries, passages, of_group(by_query), sums.data());
+    sums.finish();
     collect_passages<T>(queries, passages, of_group(by_passage), static_cast<T*>(grad_passages.mutable_data_ptr()));
   });
   return {grad_queries, grad_passages};
