@@ -5,7 +5,8 @@
 
 Each peer runs in a process of its own, all alive together, and the processor's peak is measured in every round between
 them. Packages of other environments: M3_PEERS_PYTHON (PyLate, late-interaction-kernels, maxsim-cpu, numkong) and
-M3_PARITY_PYTHON (FlagEmbedding); a peer that is missing or crashes is a row that says so.
+M3_PARITY_PYTHON (FlagEmbedding); a peer that is missing or crashes is a row that says so. On a machine that others use
+too, `chrt -f 10` before the command keeps them off the processors.
 """
 
 from __future__ import annotations
@@ -204,7 +205,10 @@ def main(arguments: list[str]) -> None:
             writer.writerows(kept)
         for row in rows:
             print("  ".join(f"{key}={row[key]}" for key in FIELDS[1:] if row.get(key, "") != ""), flush=True)
-    (RESULTS / "maxsim_machine.json").write_text(json.dumps(describe(), indent=2) + "\n")
+    if arguments == ["plot"]:
+        return
+    machine = describe() | {"real_time_priority": os.sched_getscheduler(0) == os.SCHED_FIFO}
+    (RESULTS / "maxsim_machine.json").write_text(json.dumps(machine, indent=2) + "\n")
 
 
 if __name__ == "__main__":

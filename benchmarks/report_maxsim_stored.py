@@ -67,7 +67,7 @@ def quality(folder: Path, language: str = "ru", most: int = 400) -> dict[str, ob
         stored = quantize_rows(rows[1], bits)  # type: ignore[arg-type]
         scores = maxsim(rows[0], stored, *offsets)
         error = (scores - exact).abs() / exact.abs()
-        result[f"{bits} bits"] = {
+        result["8 bits" if bits == 8 else "1 bit"] = {
             "ndcg_at_10": round(ndcg_at_10(scores, relevant), 4),
             "bytes_per_row": stored.codes.shape[1] + 4,
             "score_error_mean": round(float(error.mean()), 5),
