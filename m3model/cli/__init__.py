@@ -1,4 +1,4 @@
-"""The command line: `m3 encode | index | search | score | doctor | demo`.
+"""The command line: `m3 encode | index | search | score | explain | eval | doctor | demo`.
 
 Results go to stdout, as a table or with --json as JSON; progress, warnings and errors go to stderr. Exit status 0:
 done, 1: failed, 2: bad arguments. torch and the model are imported by the commands that need them, not by `m3 --help`.

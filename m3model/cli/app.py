@@ -13,6 +13,8 @@ from typer.core import TyperGroup
 from m3model.cli.demo import demo
 from m3model.cli.doctor import doctor
 from m3model.cli.encode import encode
+from m3model.cli.eval import evaluate
+from m3model.cli.explain import explain
 from m3model.cli.index import index
 from m3model.cli.score import score
 from m3model.cli.search import search
@@ -75,5 +77,6 @@ def _options(
     """Options before the command."""
 
 
-for _command in (encode, index, search, score, doctor, demo):
+for _command in (encode, index, search, score, explain, doctor, demo):
     app.command()(_command)
+app.command("eval")(evaluate)

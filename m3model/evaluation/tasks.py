@@ -10,7 +10,7 @@ Judgements (qrels) are {query id: {passage id: relevance}}; a run is {query id: 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["Collection", "Passage", "Qrels", "Run", "Task"]
 
@@ -103,3 +103,22 @@ class Task:
         """The queries that are evaluated: those with a judgement or an answer."""
         kept = self.qrels if self.answers is None else self.answers
         return {query: text for query, text in self.queries.items() if query in kept}
+
+    def sample(self, count: int) -> Task:
+        """The task with at most `count` of its judged queries, evenly spread over their order.
+
+        Raises:
+            ValueError: count is below 1.
+        """
+        if count < 1:
+            raise ValueError(f"count is {count}; accepted: at least 1")
+        judged = list(self.judged)
+        if len(judged) <= count:
+            return self
+        kept = [judged[number * len(judged) // count] for number in range(count)]
+        return replace(
+            self,
+            queries={query: self.queries[query] for query in kept},
+            qrels={query: self.qrels[query] for query in kept if query in self.qrels},
+            answers=None if self.answers is None else {query: self.answers[query] for query in kept},
+        )
