@@ -15,8 +15,8 @@ backward_p  One program for each tile of passage rows and part of E: a product o
 
 FLOPs: 2·Tq·Tp·E forward and for backward_p. Bytes: E·(Tp·ceil(Tq / BLOCK_N) + Tq·ceil(Tp / BLOCK_M)) rows at most from
 L2. Sizes are arguments at run time: no new shape compiles anything. float32 inputs multiply in IEEE float32, off the
-tensor cores, unless tf32 is allowed. Equal similarities go to the lowest row. A similarity that is NaN loses to every
-number. Addresses are a 64-bit base for each tile plus 32-bit offsets within it.
+tensor cores, unless tf32 is allowed. Equal similarities go to the lowest row. A NaN similarity makes the maximum
+NaN. Addresses are a 64-bit base for each tile plus 32-bit offsets within it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -318,11 +318,15 @@ def best_of_passage(
             query_tile = tl.load(query_ptrs + at, mask=part_ok[:, None] & column_ok[None, :], other=0.0)
             sums = tl.dot(passage_tile, query_tile, sums, input_precision=PRECISION)
         similarities = tl.where(row_ok[:, None], sums, -float("inf"))
-        tile_best = tl.max(similarities, 0)
+        # tl.max drops NaN on a GPU, which would hide a broken model.
+        spoiled = tl.max((similarities != similarities).to(tl.int32), 0) > 0
+        tile_best = tl.where(spoiled, float("nan"), tl.max(similarities, 0))
         if SAVE:
             lowest = tl.min(tl.where(similarities == tile_best[None, :], rows[:, None], BLOCK_M), 0)
             winner = tl.where(tile_best > best, begin + start + lowest, winner)
-        best = tl.maximum(best, tile_best)
+        best = tl.maximum(best, tile_best, propagate_nan=tl.PropagateNan.ALL)
+    if SAVE:
+        winner = tl.where(best != best, begin, winner)
     return best, winner
 
 

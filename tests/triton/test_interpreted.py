@@ -12,6 +12,7 @@ import pytest
 FOLDER = Path(__file__).parent / "interpreted"
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
 def test_under_the_interpreter(file: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")

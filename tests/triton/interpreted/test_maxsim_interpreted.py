@@ -98,6 +98,20 @@ def test_of_equal_similarities_the_lowest_row_wins() -> None:
     assert torch.equal(argmax, begins.expand(argmax.shape[0], -1))
 
 
+def test_infinities_and_nan_pass_through() -> None:
+    rows = inputs(8, torch.float32, (3,), (5, 70, 4))
+    rows[0].fill_(1.0)
+    rows[1][2], rows[1][40], rows[1][75:] = torch.inf, torch.nan, -torch.inf
+    scores, argmax = triton_kernels.forward(*rows, None, True, True, False, TILES)
+    expected, expected_argmax = reference.maxsim(*rows, None, True)
+    torch.testing.assert_close(scores, expected, equal_nan=True)
+    assert scores[0, 0] == torch.inf and scores[0, 1].isnan() and scores[0, 2] == -torch.inf
+    assert torch.equal(argmax, expected_argmax)
+    pairs = torch.tensor([[0, 1], [0, 2]], dtype=torch.int32)
+    listed = triton_kernels.pairs_forward(*rows, pairs, None, True, False, TILES)
+    torch.testing.assert_close(listed, expected[0, 1:], equal_nan=True)
+
+
 def test_pairs_with_empty_sides_and_a_pair_listed_twice() -> None:
     rows = inputs(24, torch.float32)
     pairs = torch.tensor([[3, 3], [0, 0], [1, 0], [3, 2], [2, 4], [3, 3]], dtype=torch.int32)
