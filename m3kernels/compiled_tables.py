@@ -56,7 +56,11 @@ def entries(op: str) -> Iterator[Entry]:
 
 
 def compile_entry(entry: Entry) -> CompiledFacts:
-    """Compile the kernel of an entry with every option on (the most registers) and read the machine code."""
+    """Compile the kernel of an entry with every option on and read the machine code.
+
+    That is not always the tightest variant: with options off, ptxas picks other register counts, and a few float32
+    entries then spill a register or two.
+    """
     module = importlib.import_module(f"m3kernels.{entry.op}.triton_kernels")
     kernel = getattr(module, f"{entry.kernel}_kernel")
     tile = _tiles.Tile.from_list(list(entry.tile))
