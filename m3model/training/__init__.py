@@ -1,5 +1,6 @@
 """Training of M3 models: the self-knowledge-distillation loss of arXiv 2402.03216, section 3.3."""
 
+from m3model.training.distributed import gather_embeddings
 from m3model.training.losses import M3Loss, m3_loss
 
-__all__ = ["M3Loss", "m3_loss"]
+__all__ = ["M3Loss", "gather_embeddings", "m3_loss"]
