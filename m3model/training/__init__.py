@@ -2,5 +2,6 @@
 
 from m3model.training.distributed import gather_embeddings
 from m3model.training.losses import M3Loss, m3_loss
+from m3model.training.split_batch import split_batch_backward
 
-__all__ = ["M3Loss", "gather_embeddings", "m3_loss"]
+__all__ = ["M3Loss", "gather_embeddings", "m3_loss", "split_batch_backward"]
