@@ -1,11 +1,9 @@
-// What one instruction set offers to attention (attention.cpp): one step of the online softmax and one of its gradient,
-// chosen at run time.
-//
-// Both work on transposed similarities S[column][row] of one head: attended rows ("columns", keys) run down, attending rows
-// (queries) along the lanes. So the maximum, the sum and the rescaling of the online softmax are lane-wise, keys and values
-// are broadcast from where they lie, and no similarity leaves the caches. Similarities are in units of log 2: queries are
-// scaled by scale · log2(e). Widths are padded with zeros to a multiple of 2 · kMostLanes.
+// What one instruction set offers to attention (attention.cpp): forward for a block of query rows, backward for a run of
+// key rows, of one sequence and head. Chosen at run time; the code is in attention_forward.h and attention_backward.h.
 #pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 
@@ -13,62 +11,121 @@
 
 namespace m3 {
 
-constexpr int kAttentionMostLanes = 16;
-constexpr int kForwardColumns = 48;   // keys of one forward step: keys and values stay in the first-level cache
-constexpr int kBackwardColumns = 96;  // keys of one backward step
-constexpr int kBackwardRows = 64;     // query rows of one backward step
+// Rows [T, H, D] that may lie apart (a slice of a fused QKV product does); the values of one head lie side by side.
+template <class T>
+struct HeadRows {
+  T* data;
+  int64_t row_stride, head_stride;  // in elements
 
-// Decisions of the counter-based hash (m3kernels/attention/reference.py): entry (row, column) is kept if
-// finish(keys[row] + column · 0x9E3779B1) <= limit.
-struct Decisions {
-  const uint32_t* keys = nullptr;  // of the rows of this step; null: no decision is taken
-  uint32_t limit = 0;
+  T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
 };
 
-struct Randomness {
-  Decisions sampled;  // which columns are attended to at all; column 0 always, the row itself never
-  Decisions dropped;
-  float dropout_factor = 1.f;  // of the probabilities that dropout keeps
-  int64_t first_row = 0;       // position of the step's first row in its sequence
+// What all tasks of one call share.
+struct AttentionCall {
+  const int32_t* bounds;  // of the sequences
+  int64_t total;          // T
+  int64_t width;          // D
+  float scale;
+  bool sampled, dropout;
+  uint64_t seed;
+  uint32_t keep_limit, dropout_limit;
+  float dropout_factor;  // 1 / (1 - dropout_p)
+
+  int64_t padded_width() const { return (width + 7) / 8 * 8; }
+  int64_t rows(int64_t sequence) const { return bounds[sequence + 1] - bounds[sequence]; }
 };
 
-// rows: a panel of 2 · lanes query rows; panel[width][2 · lanes]; out: [width][2 · lanes].
-struct ForwardStep {
-  const float* panel;
-  const float* keys;    // [columns][padded width]
-  const float* values;  // [columns][padded width]
-  int64_t columns, first_column, width, padded_width;
-  float *maximum, *sum, *out;
+template <class T>
+struct ForwardTensors {
+  HeadRows<const T> q, k, v;
+  HeadRows<T> out;
+  float* log_sum_exp;  // [H, T]
 };
 
-// All [..][kBackwardRows] matrices have the query rows along their lanes.
-struct BackwardStep {
-  const float *panel, *rows;            // queries: [padded width][kBackwardRows], [kBackwardRows][padded width]
-  const float *grad_panel, *grad_rows;  // gradient of the output, likewise
-  const float *log_sum_exp, *delta;     // [kBackwardRows]
-  const float *keys, *values;           // [columns][padded width]
-  int64_t row_count, columns, first_column, width, padded_width;
-  float *grad_queries;              // [padded width][kBackwardRows]
-  float *grad_keys, *grad_values;   // [columns][padded width]
-  float *probabilities, *grad_scores;  // scratch: [columns][kBackwardRows]
+template <class T>
+struct BackwardTensors {
+  HeadRows<const T> q, k, v, grad_out;
+  HeadRows<T> grad_k, grad_v;
+  const float* log_sum_exp;  // [H, T]
+  const float* delta;        // [H, T], Σ_d grad_out · out
+};
+
+// Rows [first, last) of one sequence and head, counted within the sequence.
+struct RowRange {
+  int32_t sequence, head;
+  int64_t first, last;
+};
+
+// Rows of a block of queries or tile of keys: multiples of every tile height and panel width (6, 12, 8, 16, 32) such that
+// the tiles of one thread stay within half a megabyte of second-level cache.
+constexpr int64_t kMostPanel = 32;
+constexpr int64_t forward_block(int64_t width) { return width <= 128 ? 192 : 96; }
+constexpr int64_t kBackwardQueryBlock = 96;
+constexpr int64_t backward_key_block(int64_t width) { return width <= 64 ? 192 : 96; }
+
+// Width of a row of the float sums of grad_q: whole panels, whatever the instruction set.
+constexpr int64_t panelled_width(int64_t width) { return (width + kMostPanel - 1) / kMostPanel * kMostPanel; }
+
+// Floats of scratch memory that one thread needs, whatever the instruction set.
+constexpr int64_t kMostHeight = 16;
+constexpr int64_t forward_scratch(int64_t padded_width) {
+  const int64_t block = forward_block(padded_width);
+  return (4 * block + kMostHeight) * padded_width + (block + kMostHeight) * kMostPanel + 5 * block;
+}
+constexpr int64_t backward_scratch(int64_t padded_width) {
+  const int64_t keys = backward_key_block(padded_width), queries = kBackwardQueryBlock;
+  return 4 * keys * padded_width + keys * panelled_width(padded_width) + 2 * (queries + kMostHeight) * padded_width +
+      queries * (keys + kMostPanel) + 4 * queries;
+}
+
+// At most forward_block(width) query rows against all keys of their sequence.
+template <class T>
+using AttentionForward = void(const AttentionCall&, const ForwardTensors<T>&, RowRange queries, float* scratch);
+
+// Key rows against all queries of their sequence: writes their grad_k and grad_v, and adds to grad_q_sums
+// [rows of the sequence, panelled_width(D)], which lacks the factor `scale` and is writable for kMostHeight rows more.
+template <class T>
+using AttentionBackward =
+    void(const AttentionCall&, const BackwardTensors<T>&, RowRange keys, float* grad_q_sums, float* scratch);
+
+template <class T>
+struct AttentionKernelsOf {
+  AttentionForward<T>* forward;
+  AttentionBackward<T>* backward;
 };
 
 struct AttentionKernels {
-  int panel_rows;  // 2 · lanes
-  void (*forward)(const ForwardStep&, const Randomness&);
-  void (*backward)(const BackwardStep&, const Randomness&);
+  AttentionKernelsOf<float> of_float;
+  AttentionKernelsOf<torch::headeronly::BFloat16> of_bfloat16;
+  AttentionKernelsOf<torch::headeronly::Half> of_half;
+
+  const AttentionKernelsOf<float>& of(float) const { return of_float; }
+  const AttentionKernelsOf<torch::headeronly::BFloat16>& of(torch::headeronly::BFloat16) const { return of_bfloat16; }
+  const AttentionKernelsOf<torch::headeronly::Half>& of(torch::headeronly::Half) const { return of_half; }
 };
 
 namespace portable {
-extern const AttentionKernels kAttention;
+extern const AttentionKernels kAttentionKernels;
 }
-#if defined(__x86_64__)
 namespace avx2 {
-extern const AttentionKernels kAttention;
+extern const AttentionKernels kAttentionKernels;
 }
 namespace avx512 {
-extern const AttentionKernels kAttention;
+extern const AttentionKernels kAttentionKernels;
 }
+
+inline const AttentionKernels& attention_kernels() {
+  switch (cpu_isa()) {
+#if defined(__x86_64__)
+    case Isa::avx2:
+      return avx2::kAttentionKernels;
+    case Isa::avx512:
+    case Isa::avx512vnni:
+      return avx512::kAttentionKernels;
 #endif
+    default:
+      return portable::kAttentionKernels;
+  }
+}
 
 }  // namespace m3

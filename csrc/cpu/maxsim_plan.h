@@ -5,30 +5,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "maxsim_kernels.h"
+#include "task_queue.h"
 
 namespace m3 {
-
-// Memory on a cache line's boundary, not initialised.
-template <class T>
-class AlignedBuffer {
- public:
-  explicit AlignedBuffer(int64_t count)
-      : data_(static_cast<T*>(::operator new(std::max<int64_t>(count, 1) * sizeof(T), std::align_val_t{64}))) {}
-  T* data() const { return data_.get(); }
-
- private:
-  struct Release {
-    void operator()(T* data) const { ::operator delete(data, std::align_val_t{64}); }
-  };
-  std::unique_ptr<T, Release> data_;
-};
 
 // Whole queries whose rows are packed together.
 struct QueryBlock {
@@ -74,18 +57,6 @@ struct Task {
   int32_t block;
   int64_t begin, end;
 };
-
-// Runs body(task, worker) for each task on the threads of torch; a free thread takes the next task. No result may depend
-// on who takes what. make_worker() is called on each thread for its scratch memory.
-template <class MakeWorker, class Body>
-void run_tasks(const std::vector<Task>& tasks, const MakeWorker& make_worker, const Body& body) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(tasks.size()));
-  std::atomic<size_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    auto worker = make_worker();
-    for (size_t at = next++; at < tasks.size(); at = next++) body(tasks[at], worker);
-  });
-}
 
 // Cuts `items` into runs of at least `least` weight (the last may have less); weight(i) of item i.
 template <class Weight>

@@ -54,6 +54,29 @@ inline Ints select(Mask mask, Ints yes, Ints no) {
   return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(no), _mm256_castsi256_ps(yes), mask));
 }
 
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+// The larger one; b where either is not a number.
+inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats magnitude(Floats x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
+inline bool all_at_most(Floats x, Floats limit) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_LE_OQ)) == 0xff;
+}
+// The float whose exponent field is the low 8 bits of the representation of x.
+inline Floats low_bits_as_exponent(Floats x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
+}
+
+inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints multiply(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
+inline Ints exclusive_or(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
+template <int kBits>
+Ints shift_right(Ints x) {
+  return _mm256_srli_epi32(x, kBits);
+}
+inline Mask equal(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
+inline Mask at_most_unsigned(Ints x, Ints limit) { return equal(_mm256_min_epu32(x, limit), x); }
+
 // acc + Σ over the 4 bytes of each lane of (unsigned) bytes · (signed) factors, |factors| <= 64: a pair's sum is at most
 // 2 · 255 · 64 = 32640, so the 16-bit step in between never saturates.
 inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {

@@ -56,6 +56,27 @@ inline Mask beats(Floats x, Floats best) {
 inline Floats select(Mask mask, Floats yes, Floats no) { return _mm512_mask_blend_ps(mask, no, yes); }
 inline Ints select(Mask mask, Ints yes, Ints no) { return _mm512_mask_blend_epi32(mask, no, yes); }
 
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+// The larger one; b where either is not a number.
+inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
+inline bool all_at_most(Floats x, Floats limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_LE_OQ) == 0xffff; }
+// The float whose exponent field is the low 8 bits of the representation of x.
+inline Floats low_bits_as_exponent(Floats x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
+}
+
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints multiply(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+inline Ints exclusive_or(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
+template <int kBits>
+Ints shift_right(Ints x) {
+  return _mm512_srli_epi32(x, kBits);
+}
+inline Mask equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
+inline Mask at_most_unsigned(Ints x, Ints limit) { return _mm512_cmple_epu32_mask(x, limit); }
+
 // acc + Σ over the 4 bytes of each lane of (unsigned) bytes · (signed) factors, |factors| <= 64: without VNNI a pair's sum
 // of at most 2 · 255 · 64 = 32640 passes through 16 bits and never saturates.
 inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {

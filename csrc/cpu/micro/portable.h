@@ -58,6 +58,29 @@ inline Mask beats(Floats x, Floats best) { return (x > best) | (x != x); }
 inline Floats select(Mask mask, Floats yes, Floats no) { return mask ? yes : no; }
 inline Ints select(Mask mask, Ints yes, Ints no) { return mask ? yes : no; }
 
+inline Floats add(Floats a, Floats b) { return a + b; }
+inline Floats subtract(Floats a, Floats b) { return a - b; }
+// The larger one; b where either is not a number.
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats magnitude(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff); }
+inline bool all_at_most(Floats x, Floats limit) {
+  const Ints yes = x <= limit;
+  return (yes[0] & yes[1] & yes[2] & yes[3]) != 0;
+}
+// The float whose exponent field is the low 8 bits of the representation of x.
+inline Floats low_bits_as_exponent(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) << 23); }
+
+typedef uint32_t Words __attribute__((vector_size(16)));
+inline Ints add(Ints a, Ints b) { return Ints(Words(a) + Words(b)); }
+inline Ints multiply(Ints a, Ints b) { return Ints(Words(a) * Words(b)); }
+inline Ints exclusive_or(Ints a, Ints b) { return a ^ b; }
+template <int kBits>
+Ints shift_right(Ints x) {
+  return Ints(Words(x) >> kBits);
+}
+inline Mask equal(Ints a, Ints b) { return a == b; }
+inline Mask at_most_unsigned(Ints x, Ints limit) { return Words(x) <= Words(limit); }
+
 // acc + Σ over the 4 bytes of each lane of (unsigned) bytes · (signed) factors.
 inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {
   for (int byte = 0; byte < 4; ++byte) {

@@ -55,4 +55,64 @@ template <int R, int V>
   }
 }
 
+// The same where the elements of one step lie side by side and the steps apart, any number of them:
+//
+//   acc[r][v] += Σ_e columns[e · stride + r] · panel[e][v]
+template <int R, int V>
+[[gnu::always_inline]] inline void multiply_columns(
+    const float* panel, const float* columns, int64_t stride, int64_t width, Floats (&acc)[R][V]) {
+#pragma GCC unroll 4
+  for (int64_t e = 0; e < width; ++e) {
+    Floats column[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) column[v] = load(panel + (e * V + v) * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Floats element = splat(columns[e * stride + r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(column[v], element, acc[r][v]);
+    }
+  }
+}
+
+template <int R, int V>
+[[gnu::always_inline]] inline void load_tile(const float* from, int64_t stride, Floats (&acc)[R][V]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = load(from + r * stride + v * kLanes);
+  }
+}
+
+template <int R, int V>
+[[gnu::always_inline]] inline void store_tile(float* to, int64_t stride, const Floats (&acc)[R][V]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(to + r * stride + v * kLanes, acc[r][v]);
+  }
+}
+
+constexpr int kLeastTileRows = 2 * kTileRows / 3;
+
+template <int R, class Body>
+[[gnu::always_inline]] inline void visit_tile(int64_t height, int64_t begin, const Body& body) {
+  if constexpr (R > kLeastTileRows) {
+    if (height < R) return visit_tile<R - 1>(height, begin, body);
+  }
+  body(std::integral_constant<int, R>{}, begin);
+}
+
+// Calls body(integral_constant R, begin) for tiles of nearly equal height R <= kTileRows that cover `rows`, a multiple
+// of 8: no tile is so low that its accumulators would wait for each other.
+template <int R = kTileRows, class Body>
+[[gnu::always_inline]] inline void visit_tiles(int64_t rows, const Body& body) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0, begin = 0; tile < tiles; ++tile) {
+    const int64_t height = (rows - begin + tiles - tile - 1) / (tiles - tile);
+    visit_tile<R>(height, begin, body);
+    begin += height;
+  }
+}
+
 }  // namespace m3::M3_ISA

@@ -1,0 +1,226 @@
+// Forward of attention for one block of query rows, generic over the vector type.
+//
+//   out_i = Σ_j w_ij v_j / Σ_j w_ij,  w_ij = 2^(s_ij - m_i),  s_ij = scale · log2(e) · q_i · k_j,  lse_i = ln 2 · (m_i + log2 Σ_j w_ij)
+//
+// Query rows lie along the lanes of packed, transposed panels; keys are broadcast from float copies of a tile of rows. So
+// maximum, sum and rescaling of the online softmax are lane-wise, a tile of scores becomes weights while it is still in
+// registers, and the weights [key][query] are at once the packed panel of the second product, out^T = v^T w.
+//
+// m need not be the maximum: it is raised only when a score exceeds it by kSlack, so that after the first keys nearly
+// no tile rescales anything. Weights stay below 2^kSlack and lose no bits by it.
+//
+// 4 · D multiply-adds and one exponential for each pair of rows, as FLOPs 4·n²·D. Bytes: each block of queries reads the
+// keys and values of its sequence once.
+#pragma once
+
+#include "attention_tiles.h"
+
+namespace m3::M3_ISA {
+
+constexpr float kSlack = 8.f;
+// m of a row that has met no key is 0, and any finite score exceeds this bound.
+constexpr float kNothingYet = -std::numeric_limits<float>::max();
+
+struct KeyTile {
+  const float* keys;    // [count, width], readable for a whole register tile past the end
+  const float* values;  // [count, width]
+  int64_t first, count;
+};
+
+struct QueryPanel {
+  const float* queries;  // [width][kPanel], times scale · log2(e)
+  float* sums;           // [width][kPanel]
+  float* shift;          // m
+  float* bound;          // kSlack, or kNothingYet
+  float* total;
+  int64_t first;  // row of the first lane within the sequence
+  const int32_t* sampling_keys;
+  const int32_t* dropout_keys;
+};
+
+struct Limits {
+  uint32_t keep, dropout;
+};
+
+[[gnu::noinline]] inline void rescale(float* values, int64_t rows, Floats factor_0, Floats factor_1) {
+  for (int64_t row = 0; row < rows; ++row, values += kPanel) {
+    store(values, multiply(load(values), factor_0));
+    store(values + kLanes, multiply(load(values + kLanes), factor_1));
+  }
+}
+
+template <bool kSampled, bool kDropout>
+void attend(const KeyTile& tile, int64_t width, const Limits& limits, const QueryPanel& panel, float* weights) {
+  constexpr int R = kTileRows;
+  Floats shift[2], bound[2], total[2];
+  for (int v = 0; v < 2; ++v) {
+    shift[v] = load(panel.shift + v * kLanes);
+    bound[v] = load(panel.bound + v * kLanes);
+    total[v] = load(panel.total + v * kLanes);
+  }
+  for (int64_t first = 0; first < tile.count; first += R) {
+    Floats scores[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < 2; ++v) scores[r][v] = subtract(splat(0.f), shift[v]);
+    }
+    const float* keys = tile.keys + first * width;
+    multiply_tile<R, 2>(
+        panel.queries, keys, width, width, fetch_ahead(keys + R * width, 64 * kPrefetchLines), scores);
+    if constexpr (kSampled) {
+      for (int r = 0; r < R; ++r) {
+        const int64_t column = tile.first + first + r;
+        for (int v = 0; v < 2; ++v) {
+          const Ints key = load(panel.sampling_keys + v * kLanes);
+          if (column > 0) {
+            const Ints hash = entry_hash(add(key, word(uint32_t(column) * kGolden)));
+            scores[r][v] = select(at_most_unsigned(hash, word(limits.keep)), scores[r][v], splat(-kInfinity));
+          }
+          const Ints row = add(lane_numbers(), splat(int32_t(panel.first + v * kLanes)));
+          scores[r][v] = select(equal(row, splat(int32_t(column))), splat(-kInfinity), scores[r][v]);
+        }
+      }
+    }
+    if (first + R > tile.count) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < 2; ++v) {
+          if (first + r >= tile.count) scores[r][v] = splat(-kInfinity);
+        }
+      }
+    }
+    Floats best[2] = {scores[0][0], scores[0][1]};
+#pragma GCC unroll 16
+    for (int r = 1; r < R; ++r) {
+      for (int v = 0; v < 2; ++v) best[v] = larger(scores[r][v], best[v]);
+    }
+    if (!all_at_most(best[0], bound[0]) || !all_at_most(best[1], bound[1])) [[unlikely]] {
+      Floats factor[2];
+      for (int v = 0; v < 2; ++v) {
+        const Mask exceeds = beats(best[v], bound[v]);
+        const Floats rise = select(exceeds, best[v], splat(0.f));
+        const Mask nothing_yet = beats(splat(0.f), bound[v]);
+        factor[v] = select(nothing_yet, splat(1.f), exp2(subtract(splat(0.f), rise)));
+        bound[v] = select(exceeds, splat(kSlack), bound[v]);
+        shift[v] = add(shift[v], rise);
+        total[v] = multiply(total[v], factor[v]);
+        for (int r = 0; r < R; ++r) scores[r][v] = subtract(scores[r][v], rise);
+      }
+      rescale(weights, first, factor[0], factor[1]);
+      rescale(panel.sums, width, factor[0], factor[1]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < 2; ++v) {
+        Floats weight = exp2(scores[r][v]);
+        total[v] = add(total[v], weight);
+        if constexpr (kDropout) {
+          const uint32_t column = uint32_t(tile.first + first + r);
+          const Ints hash = entry_hash(add(load(panel.dropout_keys + v * kLanes), word(column * kGolden)));
+          weight = select(at_most_unsigned(hash, word(limits.dropout)), weight, splat(0.f));
+        }
+        store(weights + (first + r) * kPanel + v * kLanes, weight);
+      }
+    }
+  }
+  for (int v = 0; v < 2; ++v) {
+    store(panel.shift + v * kLanes, shift[v]);
+    store(panel.bound + v * kLanes, bound[v]);
+    store(panel.total + v * kLanes, total[v]);
+  }
+  visit_tiles(width, [&](auto height, int64_t begin) {
+    constexpr int rows = decltype(height)::value;
+    Floats sums[rows][2];
+    load_tile(panel.sums + begin * kPanel, kPanel, sums);
+    multiply_columns<rows, 2>(weights, tile.values + begin, width, tile.count, sums);
+    store_tile(panel.sums + begin * kPanel, kPanel, sums);
+  });
+}
+
+using Attend = void(const KeyTile&, int64_t, const Limits&, const QueryPanel&, float*);
+
+inline Attend* attend_for(const AttentionCall& call) {
+  if (call.sampled) return call.dropout ? &attend<true, true> : &attend<true, false>;
+  return call.dropout ? &attend<false, true> : &attend<false, false>;
+}
+
+template <class T>
+void write_panel(const AttentionCall& call, const ForwardTensors<T>& tensors, RowRange queries, const QueryPanel& panel) {
+  const int64_t begin = call.bounds[queries.sequence] + panel.first;
+  const int64_t rows = std::min<int64_t>(queries.last - panel.first, kPanel);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float total = panel.total[row];
+    const float factor = total == 0.f ? 0.f : call.dropout_factor / total;
+    T* out = tensors.out.at(begin + row, queries.head);
+    for (int64_t e = 0; e < call.width; ++e) {
+      out[e] = T(total == 0.f ? 0.f : panel.sums[e * kPanel + row] * factor);
+    }
+    tensors.log_sum_exp[queries.head * call.total + begin + row] =
+        total == 0.f ? -kInfinity : (panel.shift[row] + std::log2(total)) / kLog2E;
+  }
+}
+
+template <class T>
+void attention_forward(const AttentionCall& call, const ForwardTensors<T>& tensors, RowRange queries, float* scratch) {
+  const int64_t width = call.padded_width(), block = forward_block(call.width);
+  const auto take = [&](int64_t count) {
+    float* const begin = scratch;
+    scratch += count;
+    return begin;
+  };
+  float* const packed = take(block * width);
+  float* const sums = take(block * width);
+  float* const keys = take((block + kTileRows) * width);
+  float* const values = take(block * width);
+  float* const weights = take((block + kTileRows) * kPanel);
+  float* const shift = take(block);
+  float* const bound = take(block);
+  float* const total = take(block);
+  int32_t* const sampling_keys = reinterpret_cast<int32_t*>(take(block));
+  int32_t* const dropout_keys = reinterpret_cast<int32_t*>(take(block));
+
+  const int64_t begin = call.bounds[queries.sequence], length = call.rows(queries.sequence);
+  const int64_t rows = queries.last - queries.first, padded_rows = (rows + kPanel - 1) / kPanel * kPanel;
+  pack_panels(
+      tensors.q.at(begin + queries.first, queries.head),
+      tensors.q.row_stride,
+      rows,
+      call.width,
+      width,
+      call.scale * kLog2E,
+      packed);
+  std::fill_n(sums, padded_rows * width, 0.f);
+  std::fill_n(shift, padded_rows, 0.f);
+  std::fill_n(bound, padded_rows, kNothingYet);
+  std::fill_n(total, padded_rows, 0.f);
+  if (call.sampled) {
+    row_keys(stream_key(call.seed, queries.sequence, kSharedByHeads), queries.first, padded_rows, sampling_keys);
+  }
+  if (call.dropout) {
+    row_keys(stream_key(call.seed, queries.sequence, queries.head), queries.first, padded_rows, dropout_keys);
+  }
+  const auto panel_at = [&](int64_t at) {
+    return QueryPanel{
+        packed + at * width,
+        sums + at * width,
+        shift + at,
+        bound + at,
+        total + at,
+        queries.first + at,
+        sampling_keys + at,
+        dropout_keys + at};
+  };
+  Attend* const attend_panel = attend_for(call);
+  const Limits limits{call.keep_limit, call.dropout_limit};
+  for (int64_t first = 0; first < length; first += block) {
+    const KeyTile tile{keys, values, first, std::min<int64_t>(block, length - first)};
+    const HeadRows<const T>&k = tensors.k, &v = tensors.v;
+    copy_rows(k.at(begin + first, queries.head), k.row_stride, tile.count, call.width, width, keys);
+    std::fill_n(keys + tile.count * width, kTileRows * width, 0.f);
+    copy_rows(v.at(begin + first, queries.head), v.row_stride, tile.count, call.width, width, values);
+    for (int64_t at = 0; at < rows; at += kPanel) attend_panel(tile, width, limits, panel_at(at), weights);
+  }
+  for (int64_t at = 0; at < rows; at += kPanel) write_panel(call, tensors, queries, panel_at(at));
+}
+
+}  // namespace m3::M3_ISA

@@ -1,0 +1,31 @@
+// The random decisions of sampled attention and dropout, as m3kernels/attention/reference.py defines them: an entry
+// (row, column) is kept if hash(row key + column · kGolden) <= limit. The key of a row is computed here, once; the hash of
+// an entry, in vectors, in attention_tiles.h.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace m3 {
+
+constexpr uint32_t kGolden = 0x9E3779B1u;
+constexpr uint32_t kMultiplier0 = 0x21F0AAADu, kMultiplier1 = 0x735A2D97u;
+constexpr uint32_t kSharedByHeads = 0xFFFFFFFFu;
+
+inline uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * kMultiplier0;
+  x = (x ^ (x >> 15)) * kMultiplier1;
+  return x ^ (x >> 15);
+}
+
+// What the rows' keys of one sequence and stream have in common; a row's key is mix(row + this).
+inline uint32_t stream_key(uint64_t seed, uint32_t sequence, uint32_t stream) {
+  return mix(stream + mix(sequence + mix(static_cast<uint32_t>(seed >> 32) + mix(static_cast<uint32_t>(seed)))));
+}
+
+inline uint32_t keep_limit(double probability) {
+  return static_cast<uint32_t>(std::max<int64_t>(static_cast<int64_t>(std::ceil(probability * 0x1p32)), 1) - 1);
+}
+
+}  // namespace m3
