@@ -137,16 +137,18 @@ def test_one_token_attends_to_itself_and_under_sampling_to_nothing() -> None:
     assert (sums == -math.inf).all()
 
 
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
+def test_runs_repeat_bit_for_bit_and_other_thread_counts_agree() -> None:
+    """The runs of keys that add to dq depend on the number of threads, and so does the order of its sums."""
     case = draw([3, 300, 0, 64], 3, 32, torch.float32)
     threads = torch.get_num_threads()
     several = out_and_gradients(*case, RANDOM["dropout"])
+    torch.testing.assert_close(out_and_gradients(*case, RANDOM["dropout"]), several, rtol=0, atol=0)
     torch.set_num_threads(1)
     try:
-        for one, other in zip(out_and_gradients(*case, RANDOM["dropout"]), several):
-            torch.testing.assert_close(one, other, rtol=0, atol=0)
+        one = out_and_gradients(*case, RANDOM["dropout"])
     finally:
         torch.set_num_threads(threads)
+    torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-5)
 
 
 def test_the_hash_is_uniform_and_rows_columns_and_heads_are_independent() -> None:
