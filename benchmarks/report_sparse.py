@@ -1,9 +1,10 @@
 """Measures the sparse ops against their peers, interleaved, and writes sparse.csv, sparse.png and sparse_machine.json.
 
-    python -m benchmarks.report_sparse head scores     # or: retrieval; each part replaces its own rows of the CSV
+    python -m benchmarks.report_sparse head scores     # or: memory, retrieval; each part replaces its own rows
     python -m benchmarks.report_sparse plot
 
-Times are medians in milliseconds; memory is the rise of the resident peak beyond what the call returns, in MB.
+Times are medians in milliseconds. Memory is the rise of the resident peak beyond the gradients that the call returns,
+in MB, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,7 +28,7 @@ FIELDS = ["part", "case", "peer", "threads", "milliseconds", "times_ours", "extr
 Row = dict[str, object]
 
 
-def rows_of(part: str, case: str, times: dict[str, float], memory: dict[str, float] | None = None) -> list[Row]:
+def rows_of(part: str, case: str, times: dict[str, float]) -> list[Row]:
     ours = times["m3kernels"]
     return [
         {
@@ -34,10 +36,8 @@ def rows_of(part: str, case: str, times: dict[str, float], memory: dict[str, flo
             "case": case,
             "peer": peer,
             "threads": torch.get_num_threads(),
-            "milliseconds": round(seconds * 1e3, 4),
-            "times_ours": round(seconds / ours, 2),
-            "extra_memory_mb": round(memory[peer], 2) if memory else "",
-            "note": "",
+            "milliseconds": f"{seconds * 1e3:.4g}",
+            "times_ours": f"{seconds / ours:.3g}",
         }
         for peer, seconds in times.items()
     ]
@@ -50,11 +50,29 @@ def head() -> list[Row]:
         rows += rows_of("head forward", case, interleaved(sparse_calls.head_forward(batch, length), 7, 4))
         # The official formula makes 4 bytes · B · L · 250 002 twice: 8 GB at 8 x 512, 66 GB at 64 x 512.
         calls = sparse_calls.head_training(batch, length, with_official=batch * length <= 4096)
-        times = interleaved(calls, 5, 15)
-        returned = 4 * (batch * length * sparse_calls.WIDTH + sparse_calls.WIDTH + 1)
-        memory = {peer: (peak_memory(call) - returned) / 1e6 for peer, call in calls.items()}
-        rows += rows_of("head forward+backward", case, times, memory)
+        rows += rows_of("head forward+backward", case, interleaved(calls, 5, 15))
     return rows
+
+
+def memory() -> list[Row]:
+    rows = []
+    cases = [(1, 512, "m3kernels"), (1, 512, "FlagEmbedding training"), (8, 512, "m3kernels")]
+    cases += [(8, 512, "FlagEmbedding training"), (64, 512, "m3kernels"), (1, 8192, "m3kernels")]
+    for batch, length, peer in cases:
+        command = [sys.executable, "-m", "benchmarks.report_sparse", "memory-of", str(batch), str(length), peer]
+        megabytes = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1e6
+        case = f"{batch} x {length}, width {sparse_calls.WIDTH}"
+        rows.append({"part": "memory, head forward+backward", "case": case, "peer": peer, "extra_memory_mb": megabytes})
+    return rows
+
+
+def memory_of(batch: int, length: int, peer: str) -> int:
+    """Extra bytes of one head forward and backward; a small one before it starts threads and loads what is lazy."""
+    official = peer != "m3kernels"
+    sparse_calls.head_training(1, 16, with_official=official)[peer]()
+    call = sparse_calls.head_training(batch, length, with_official=official)[peer]
+    returned = 4 * (batch * length * sparse_calls.WIDTH + sparse_calls.WIDTH + 1)
+    return peak_memory(call) - returned
 
 
 def scores() -> list[Row]:
@@ -94,7 +112,7 @@ def plot() -> None:
     from matplotlib import pyplot
 
     with (RESULTS / "sparse.csv").open() as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["milliseconds"]]
     cases = list(dict.fromkeys((row["part"], row["case"]) for row in rows))
     figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(rows) + 1.5))
     labels, position = [], 0
@@ -120,8 +138,11 @@ def plot() -> None:
 
 
 def main(parts: list[str]) -> None:
-    known = {"head": head, "scores": scores, "retrieval": retrieval}
+    known = {"head": head, "memory": memory, "scores": scores, "retrieval": retrieval}
     unknown = [part for part in parts if part not in (*known, "plot")]
+    if parts[:1] == ["memory-of"]:
+        print(memory_of(int(parts[1]), int(parts[2]), parts[3]))
+        return
     if unknown or not parts:
         sys.exit(f"parts {unknown or 'missing'}: accepted are {', '.join(known)} and plot")
     RESULTS.mkdir(exist_ok=True)
@@ -132,10 +153,11 @@ def main(parts: list[str]) -> None:
             continue
         kept = list(csv.DictReader(table.open())) if table.exists() else []
         kept = [row for row in kept if not str(row["part"]).startswith(part)]
+        measured = known[part]()
         with table.open("w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
-            writer.writerows(kept + known[part]())
+            writer.writerows(kept + measured)
         (RESULTS / "sparse_machine.json").write_text(json.dumps(describe(), indent=2) + "\n")
 
 
