@@ -52,11 +52,14 @@ struct Limits {
 template <bool kSampled, bool kDropout>
 void attend(const KeyTile& tile, int64_t width, const Limits& limits, const QueryPanel& panel, float* weights) {
   constexpr int R = kTileRows;
-  Floats shift[2], bound[2], total[2];
+  // Weights and weighted values of this tile are summed from zero and then added to the sums so far: the error of a sum
+  // over all keys then grows with the tile's length and the number of tiles, not with their product.
+  Floats shift[2], bound[2], total[2], fresh[2];
   for (int v = 0; v < 2; ++v) {
     shift[v] = load(panel.shift + v * kLanes);
     bound[v] = load(panel.bound + v * kLanes);
     total[v] = load(panel.total + v * kLanes);
+    fresh[v] = splat(0.f);
   }
   for (int64_t first = 0; first < tile.count; first += R) {
     Floats scores[R][2];
@@ -104,6 +107,7 @@ void attend(const KeyTile& tile, int64_t width, const Limits& limits, const Quer
         bound[v] = select(exceeds, splat(kSlack), bound[v]);
         shift[v] = add(shift[v], rise);
         total[v] = multiply(total[v], factor[v]);
+        fresh[v] = multiply(fresh[v], factor[v]);
         for (int r = 0; r < R; ++r) scores[r][v] = subtract(scores[r][v], rise);
       }
       rescale(weights, first, factor[0], factor[1]);
@@ -113,7 +117,7 @@ void attend(const KeyTile& tile, int64_t width, const Limits& limits, const Quer
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 2; ++v) {
         Floats weight = exp2(scores[r][v]);
-        total[v] = add(total[v], weight);
+        fresh[v] = add(fresh[v], weight);
         if constexpr (kDropout) {
           const uint32_t column = uint32_t(tile.first + first + r);
           const Ints hash = entry_hash(add(load(panel.dropout_keys + v * kLanes), word(column * kGolden)));
@@ -126,14 +130,14 @@ void attend(const KeyTile& tile, int64_t width, const Limits& limits, const Quer
   for (int v = 0; v < 2; ++v) {
     store(panel.shift + v * kLanes, shift[v]);
     store(panel.bound + v * kLanes, bound[v]);
-    store(panel.total + v * kLanes, total[v]);
+    store(panel.total + v * kLanes, add(total[v], fresh[v]));
   }
   visit_tiles(width, [&](auto height, int64_t begin) {
     constexpr int rows = decltype(height)::value;
     Floats sums[rows][2];
-    load_tile(panel.sums + begin * kPanel, kPanel, sums);
+    clear(sums);
     multiply_columns<rows, 2>(weights, tile.values + begin, width, tile.count, sums);
-    store_tile(panel.sums + begin * kPanel, kPanel, sums);
+    add_tile(panel.sums + begin * kPanel, kPanel, sums);
   });
 }
 

@@ -93,6 +93,19 @@ template <int R, int V>
   }
 }
 
+// to += acc
+template <int R, int V>
+[[gnu::always_inline]] inline void add_tile(float* to, int64_t stride, const Floats (&acc)[R][V]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      float* const at = to + r * stride + v * kLanes;
+      store(at, add(load(at), acc[r][v]));
+    }
+  }
+}
+
 constexpr int kLeastTileRows = 2 * kTileRows / 3;
 
 template <int R, class Body>
