@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from m3model.cli.data import data
 from m3model.cli.demo import demo
 from m3model.cli.doctor import doctor
 from m3model.cli.encode import encode
@@ -80,3 +81,4 @@ def _options(
 for _command in (encode, index, search, score, explain, doctor, demo):
     app.command()(_command)
 app.command("eval")(evaluate)
+app.add_typer(data, name="data")

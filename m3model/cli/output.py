@@ -44,10 +44,12 @@ def print_json(value: Any) -> None:
     sys.stdout.write(line + "\n")
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", right: str = "") -> None:
-    """A table on stdout; `right` names the columns of numbers, separated by spaces."""
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", right: str | Sequence[str] = ""
+) -> None:
+    """A table on stdout; `right` names the columns of numbers, in a list or separated by spaces."""
     table = Table(title=escape(title) or None, title_justify="left", title_style="bold", header_style="bold")
-    numbers = right.split()
+    numbers = right.split() if isinstance(right, str) else right
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", no_wrap=column in numbers)
     for row in rows:
@@ -62,14 +64,14 @@ def shortened(text: str, width: int) -> str:
 
 
 @contextmanager
-def document_bar(label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def document_bar(label: str, total: int | None = None, unit: str = "documents") -> Iterator[Callable[[int], None]]:
     """A progress bar of documents on stderr; yields advance(documents). Without a terminal it prints nothing."""
     columns = (
         SpinnerColumn(),
         TextColumn(label),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("documents, {task.fields[rate]:.1f}/s"),
+        TextColumn(f"{unit}, {{task.fields[rate]:.1f}}/s"),
         TimeElapsedColumn(),
     )
     console = stderr()

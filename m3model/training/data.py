@@ -39,9 +39,11 @@ __all__ = [
     "TrainingLine",
     "TrainingRow",
     "largest_group",
+    "open_training_file",
     "parse_object",
     "parse_training_row",
     "read_training_rows",
+    "row_from_object",
     "training_lines",
 ]
 
@@ -125,7 +127,7 @@ def read_training_rows(path: str | os.PathLike[str]) -> Iterator[TrainingRow]:
     """
     path = Path(path)
     index = 0
-    with _open(path) as file:
+    with open_training_file(path) as file:
         for line in training_lines(file, path):
             yield parse_training_row(line, path, index)
             index += 1
@@ -232,8 +234,15 @@ def parse_training_row(line: TrainingLine, path: str | os.PathLike[str], index: 
     Raises:
         TrainingDataError: it is none; names path and line.
     """
-    location = f"{path}:{line.number}"
-    row = parse_object(line, path)
+    return row_from_object(parse_object(line, path), f"{path}:{line.number}", index)
+
+
+def row_from_object(row: dict[str, Any], location: str, index: int = -1) -> TrainingRow:
+    """The row of a JSON object.
+
+    Raises:
+        TrainingDataError: it is none; names the location.
+    """
     query = _text(row, "query", location)
     positives = _texts(row, "pos", location)
     if not positives:
@@ -280,6 +289,18 @@ def largest_group(row: TrainingRow) -> int | None:
     if row.type == "only_1neg":
         return 2
     return 1 + len(row.negatives) if row.type == "symmetric_class" else None
+
+
+def open_training_file(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: there is no such file.
+        ImportError: a .zst file, and no package that reads it.
+    """
+    _check_file(path)
+    opener = _opener(path)
+    return opener(path) if opener else path.open("rb")
 
 
 def training_lines(file: IO[bytes], path: str | os.PathLike[str]) -> Iterator[TrainingLine]:
@@ -405,13 +426,6 @@ def _check_file(path: Path) -> None:
         raise FileNotFoundError(f"there is no training file {path}")
 
 
-def _open(path: Path) -> IO[bytes]:
-    """The file's bytes, unpacked."""
-    _check_file(path)
-    opener = _opener(path)
-    return opener(path) if opener else path.open("rb")
-
-
 def _opener(path: Path) -> Callable[[Path], IO[bytes]] | None:
     """What opens a packed file of this ending; None for a file as it is."""
     openers: dict[str, Callable[[Path], Any]] = {
@@ -493,7 +507,7 @@ def _unpacked(path: Path) -> Path:
         return plain
     descriptor, fresh = tempfile.mkstemp(dir=folder, prefix=".unpacking-")
     try:
-        with os.fdopen(descriptor, "wb") as target, _open(path) as packed:
+        with os.fdopen(descriptor, "wb") as target, open_training_file(path) as packed:
             shutil.copyfileobj(packed, target, 1 << 20)
         os.replace(fresh, plain)
     except _UNPACKING as error:
