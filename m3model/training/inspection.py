@@ -47,9 +47,6 @@ _SCRIPTS = (
     "Latin Cyrillic Greek Arabic Hebrew Devanagari Bengali Gurmukhi Gujarati Oriya Tamil Telugu Kannada Malayalam"
     " Sinhala Thai Lao Tibetan Myanmar Khmer Georgian Armenian Ethiopic Hangul Hiragana Katakana Han"
 )
-    "Latin Cyrillic Greek Arabic Hebrew Devanagari Bengali Gurmukhi Gujarati Oriya Tamil Telugu Kannada Malayalam"
-    " Sinhala Thai Lao Tibetan Myanmar Khmer Georgian Armenian Ethiopic Hangul Hiragana Katakana Han"
-)
 _LETTER = regex.compile("|".join(rf"(?P<{script}>\p{{Script={script}}})" for script in _SCRIPTS.split()))
 _SCRIPT_CHARACTERS = 500
 _BLOCK = 1024
