@@ -18,7 +18,9 @@
 #define SHARED_DYN(T, name)                                       \
   extern __shared__ __align__(16) unsigned char m3_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(m3_dynamic_shared)
+#ifndef M3_CUDA_IMPL  // tests/ptx registers the same code for CPU tensors
 #define M3_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(m3_cuda, CUDA, m)
+#endif
 
 // Lives in libtorch_cuda.so; weak, so that the library also loads beside a CPU-only torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
