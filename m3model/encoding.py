@@ -1,17 +1,19 @@
-"""Encoding of many texts: groups of equal length in batches of a bounded number of rows, results in the order given.
+"""Encoding of many texts: windows of texts, batches of equal token counts, results in the order given.
 
-Texts are taken in blocks of BLOCK. While one block is computed, a thread tokenizes the next; within a block the longest
-texts come first. Batches hold no padding, so grouping changes the work of the attention kernel only. On a GPU results
-are copied to pinned memory while the following batch is computed.
+    texts -> windows of consecutive texts -> token ids (a thread, one window ahead) -> batches, longest texts first
+
+Batches hold no padding, so grouping by length changes the work of the attention kernel only. Nothing outlives its
+window but what the caller keeps: a stream of any length needs the memory of about two windows. On a GPU results are
+copied to pinned memory while the following batch is computed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,17 +21,48 @@ from torch import Tensor
 
 from m3kernels import SparseBatch
 from m3model.embeddings import EncodedTexts, M3Embeddings, MultiVectors
-from m3model.tokenizer import Ids, Role, Tokenized, check_texts, warn_of_cuts
+from m3model.tokenizer import Ids, Role, TextTokenizer, Tokenized, check_texts, warn_of_cuts
 
 if TYPE_CHECKING:
     from m3model.model import M3Model
 
-__all__ = ["BLOCK", "DEFAULT_BATCH_TOKENS", "encode_texts", "pack_ids", "plan_batches"]
+__all__ = [
+    "BLOCK",
+    "DEFAULT_BATCH_TOKENS",
+    "DEFAULT_WINDOW_CHARACTERS",
+    "EncodingOptions",
+    "encode_texts",
+    "encode_windows",
+    "pack_ids",
+    "plan_batches",
+    "windows",
+]
 
 BLOCK = 16384
+"""Most texts of one window."""
 DEFAULT_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Rows of one forward pass by device type."""
+DEFAULT_WINDOW_CHARACTERS = {"cpu": 1 << 18, "cuda": 1 << 21}
+"""Characters of one window of a stream by device type: some tens of batches."""
 _ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Item = TypeVar("Item")
+
+
+class EncodingOptions(NamedTuple):
+    """What is computed of every text, and how; see M3Model.encode."""
+
+    dense: bool = True
+    sparse: bool = True
+    multi_vector: bool = True
+    max_length: int = 8192
+    batch_tokens: int | None = None
+    role: Role = "passage"
+    multi_vector_dtype: torch.dtype = torch.float32
+
+    @property
+    def wanted(self) -> tuple[bool, bool, bool]:
+        return self.dense, self.sparse, self.multi_vector
 
 
 def pack_ids(ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
@@ -41,56 +74,117 @@ def pack_ids(ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Numbers of the texts of each batch, longest first, at most batch_tokens rows unless one text alone has more."""
+    """Numbers of the texts of each batch, longest first: as few batches as possible, of rows as equal as possible.
+
+    A batch has at most batch_tokens rows unless one text alone has more. Of all limits that need no more batches than
+    batch_tokens does, the smallest is taken, so that the last batch is no small rest.
+    """
+    order = sorted(range(len(lengths)), key=lambda text: -lengths[text])
+    batches = _filled(order, lengths, batch_tokens)
+    too_small, enough = 0, batch_tokens
+    while enough - too_small > 1:
+        limit = (too_small + enough) // 2
+        candidate = _filled(order, lengths, limit)
+        if len(candidate) > len(batches):
+            too_small = limit
+        else:
+            batches, enough = candidate, limit
+    return batches
+
+
+def _filled(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
     batches: list[list[int]] = []
     room = 0
-    for number in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+    for number in order:
         if lengths[number] > room:
             batches.append([])
-            room = batch_tokens
+            room = limit
         batches[-1].append(number)
         room -= lengths[number]
     return batches
 
 
-def encode_texts(
-    model: M3Model,
-    texts: Sequence[str],
-    *,
-    wanted: tuple[bool, bool, bool],
-    max_length: int,
-    batch_tokens: int | None,
-    progress: bool,
-    role: Role,
-    multi_vector_dtype: torch.dtype,
-) -> EncodedTexts:
+def windows(items: Iterable[Item], characters: int, text_of: Callable[[Item], str]) -> Iterator[list[Item]]:
+    """Consecutive items: a window ends with the text that fills `characters`, or with BLOCK texts."""
+    window: list[Item] = []
+    room = characters
+    for item in items:
+        window.append(item)
+        room -= len(text_of(item))
+        if room <= 0 or len(window) >= BLOCK:
+            yield window
+            window, room = [], characters
+    if window:
+        yield window
+
+
+def encode_texts(model: M3Model, texts: Sequence[str], options: EncodingOptions, *, progress: bool) -> EncodedTexts:
     """See M3Model.encode."""
     check_texts(texts)
-    if not any(wanted):
+    blocks = [texts[begin : begin + BLOCK] for begin in range(0, len(texts), BLOCK)] or [texts]
+    parts = list(encode_windows(model, blocks, options, progress=progress, total=len(texts), stacklevel=5))
+    return parts[0] if len(parts) == 1 else M3Embeddings.concatenate(parts)
+
+
+def encode_windows(
+    model: M3Model,
+    texts: Iterable[Sequence[str]],
+    options: EncodingOptions,
+    *,
+    progress: bool = False,
+    total: int | None = None,
+    stacklevel: int = 3,
+) -> Iterator[EncodedTexts]:
+    """The representations of each window of texts, computed when they are asked for.
+
+    Args:
+        texts: windows, read one ahead, in the thread of the caller.
+        total: texts of all windows, for the progress bar.
+
+    Raises:
+        TypeError, ValueError: at once, as M3Model.encode; while iterating, a window holds something else than strings.
+    """
+    if not any(options.wanted):
         raise ValueError("dense, sparse and multi_vector are all False; accepted: at least one True")
-    if multi_vector_dtype not in _ROW_DTYPES:
-        raise ValueError(f"multi_vector_dtype is {multi_vector_dtype}; accepted: float32, bfloat16, float16")
+    if options.multi_vector_dtype not in _ROW_DTYPES:
+        raise ValueError(f"multi_vector_dtype is {options.multi_vector_dtype}; accepted: float32, bfloat16, float16")
+    batch_tokens = options.batch_tokens
     if batch_tokens is None:
         batch_tokens = DEFAULT_BATCH_TOKENS[model.device.type]
-    if not isinstance(batch_tokens, int) or batch_tokens < 1:
+    if not isinstance(batch_tokens, int) or isinstance(batch_tokens, bool) or batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens!r}; accepted: a whole number of at least 1")
-    tokenizer, limit, prefix = model.tokenization(max_length, role)
-    blocks = [texts[begin : begin + BLOCK] for begin in range(0, len(texts), BLOCK)] or [texts]
-    parts: list[EncodedTexts] = []
-    cuts: list[Tokenized] = []
-    with _evaluating(model), ThreadPoolExecutor(1) as ahead, _token_bar(len(texts), progress) as advance:
-        following = ahead.submit(tokenizer.encode, blocks[0], limit, prefix)
-        for number in range(len(blocks)):
+    tokenization = model.tokenization(options.max_length, options.role)
+    return _encoded(model, texts, options, batch_tokens, tokenization, progress, total, stacklevel)
+
+
+def _encoded(
+    model: M3Model,
+    texts: Iterable[Sequence[str]],
+    options: EncodingOptions,
+    batch_tokens: int,
+    tokenization: tuple[TextTokenizer, int, str],
+    progress: bool,
+    total: int | None,
+    stacklevel: int,
+) -> Iterator[EncodedTexts]:
+    tokenizer, limit, prefix = tokenization
+    cuts = Tokenized([], 0, 0)
+    with ThreadPoolExecutor(1) as ahead, _token_bar(total, progress) as advance:
+        source = iter(texts)
+        window = next(source, None)
+        following = None if window is None else ahead.submit(tokenizer.encode, window, limit, prefix)
+        while following is not None:
             tokenized = following.result()
-            if number + 1 < len(blocks):
-                following = ahead.submit(tokenizer.encode, blocks[number + 1], limit, prefix)
-            block = _Block(model, tokenized.ids, wanted, multi_vector_dtype)
-            for batch in plan_batches([len(ids) for ids in tokenized.ids], batch_tokens):
-                advance(len(batch), block.compute(batch))
-            parts.append(block.finish())
-            cuts.append(tokenized._replace(ids=[]))
-    warn_of_cuts(cuts, limit, stacklevel=4)
-    return parts[0] if len(parts) == 1 else M3Embeddings.concatenate(parts)
+            window = next(source, None)
+            following = None if window is None else ahead.submit(tokenizer.encode, window, limit, prefix)
+            block = _Block(model, tokenized.ids, options.wanted, options.multi_vector_dtype)
+            with _evaluating(model):
+                for batch in plan_batches([len(ids) for ids in tokenized.ids], batch_tokens):
+                    advance(len(batch), block.compute(batch))
+                encoded = block.finish()
+            cuts = Tokenized([], cuts.cut + tokenized.cut, max(cuts.longest, tokenized.longest))
+            yield encoded
+    warn_of_cuts([cuts], limit, stacklevel=stacklevel)
 
 
 class _Block:
@@ -189,7 +283,7 @@ def _evaluating(model: M3Model) -> Iterator[None]:
 
 
 @contextmanager
-def _token_bar(texts: int, shown: bool) -> Iterator[Callable[[int, int], None]]:
+def _token_bar(texts: int | None, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over texts with tokens per second on stderr; yields advance(texts, tokens)."""
     if not shown:
         yield lambda _texts, _tokens: None
@@ -204,7 +298,8 @@ def _token_bar(texts: int, shown: bool) -> Iterator[Callable[[int, int], None]]:
         TextColumn("texts, {task.fields[rate]:,.0f} tokens/s"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    # Texts of one window come longest first, so the time that remains is judged by the last ten minutes, not seconds.
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as bar:
         task = bar.add_task("encode", total=texts, rate=0.0)
         begin = time.perf_counter()
         tokens = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +23,17 @@ from m3model import folder as folders
 from m3model.backbone import PackedEncoder
 from m3model.config import M3Config
 from m3model.embeddings import EncodedTexts, M3Embeddings
-from m3model.encoding import encode_texts, pack_ids
+from m3model.encoding import (
+    DEFAULT_WINDOW_CHARACTERS,
+    EncodingOptions,
+    encode_texts,
+    encode_windows,
+    pack_ids,
+    windows,
+)
 from m3model.heads import dense_vectors, multi_vectors
 from m3model.scoring import DEFAULT_WEIGHTS, check_weights, score_embeddings
-from m3model.tokenizer import Role, TextTokenizer, warn_of_cuts
+from m3model.tokenizer import Role, TextTokenizer, checked_strings, warn_of_cuts
 
 __all__ = ["INITIAL_TOKEN_WEIGHT", "M3Model", "Role"]
 
@@ -329,16 +336,49 @@ class M3Model(nn.Module):
         Raises:
             TypeError, ValueError: as `tokenize`; also batch_tokens below 1.
         """
-        return encode_texts(
-            self,
-            texts,
-            wanted=(dense, sparse, multi_vector),
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            progress=progress,
-            role=role,
-            multi_vector_dtype=multi_vector_dtype,
-        )
+        options = EncodingOptions(dense, sparse, multi_vector, max_length, batch_tokens, role, multi_vector_dtype)
+        return encode_texts(self, texts, options, progress=progress)
+
+    def encode_stream(
+        self,
+        texts: Iterable[str],
+        *,
+        dense: bool = True,
+        sparse: bool = True,
+        multi_vector: bool = True,
+        max_length: int = 8192,
+        batch_tokens: int | None = None,
+        window_characters: int | None = None,
+        progress: bool = False,
+        total: int | None = None,
+        role: Role = "passage",
+        multi_vector_dtype: torch.dtype = torch.float32,
+    ) -> Iterator[EncodedTexts]:
+        """The representations of any number of texts in bounded memory.
+
+        Args:
+            texts: strings, read as they are needed.
+            window_characters: texts that are grouped by length among themselves; a window ends with the text that
+                fills it. Two windows are in memory at a time. Default 2**18 on a CPU, 2**21 on a GPU.
+            total: number of texts, if it is known, for the progress bar.
+            dense, sparse, multi_vector, max_length, batch_tokens, progress, role, multi_vector_dtype: as `encode`.
+
+        Returns:
+            An iterator over the embeddings of consecutive texts, a window at a time: the first holds those of the first
+            len(first) texts, and so on. No text, no window.
+
+        Raises:
+            TypeError, ValueError: as `encode`, and window_characters below 1; a text that is no string when it is read.
+        """
+        if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+            raise TypeError(f"texts must be an iterable of strings, got {type(texts).__name__}")
+        if window_characters is None:
+            window_characters = DEFAULT_WINDOW_CHARACTERS[self.device.type]
+        if not isinstance(window_characters, int) or isinstance(window_characters, bool) or window_characters < 1:
+            raise ValueError(f"window_characters is {window_characters!r}; accepted: a whole number of at least 1")
+        options = EncodingOptions(dense, sparse, multi_vector, max_length, batch_tokens, role, multi_vector_dtype)
+        read = windows(checked_strings(texts), window_characters, str)
+        return encode_windows(self, read, options, progress=progress, total=total)
 
     def score(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-__all__ = ["TOKENIZER_FILES", "Ids", "Role", "TextTokenizer", "Tokenized", "check_texts", "warn_of_cuts"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "Ids",
+    "Role",
+    "TextTokenizer",
+    "Tokenized",
+    "check_texts",
+    "checked_strings",
+    "warn_of_cuts",
+]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -161,9 +170,16 @@ def check_texts(texts: Sequence[str]) -> None:
     """Raise TypeError unless texts is a list (or another sequence) of strings."""
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
         raise TypeError(f"texts must be a list of strings, got {type(texts).__name__}")
+    for _ in checked_strings(texts):
+        pass
+
+
+def checked_strings(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, each checked when it is reached: TypeError unless it is a string."""
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts[{number}] must be a string, got {type(text).__name__}")
+        yield text
 
 
 def _parts(texts: Sequence[str]) -> Iterator[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,76 @@ def test_batches_hold_every_text_once_and_no_more_rows_than_allowed(lengths: lis
         assert len(batch) == 1 or sum(lengths[number] for number in batch) <= batch_tokens
     order = [lengths[number] for batch in batches for number in batch]
     assert order == sorted(order, reverse=True)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(50, 120))
+def test_batches_are_as_few_as_can_be_and_as_equal(lengths: list[int], batch_tokens: int) -> None:
+    def cut(limit: int) -> list[int]:
+        sums = [0]
+        for length in sorted(lengths, reverse=True):
+            sums = [*sums, length] if sums[-1] + length > limit else [*sums[:-1], sums[-1] + length]
+        return sums
+
+    sums = [sum(lengths[number] for number in batch) for batch in plan_batches(lengths, batch_tokens)]
+    assert len(sums) == len(cut(batch_tokens))
+    assert max(sums) == 1 or len(cut(max(sums) - 1)) > len(sums) or max(sums) == max(lengths)
+
+
+def stream_of(texts: list[str], reached: list[int]) -> Iterator[str]:
+    for number, text in enumerate(texts):
+        reached.append(number)
+        yield text
+
+
+@pytest.mark.parametrize("window_characters", [1, 30, 100000])
+def test_a_stream_gives_what_encode_gives_window_by_window(model: M3Model, window_characters: int) -> None:
+    expected = model.encode(TEXTS)
+    reached: list[int] = []
+    parts = model.encode_stream(stream_of(TEXTS, reached), window_characters=window_characters)
+    assert not reached, "nothing is read before it is asked for"
+    parts = list(parts)
+    out = M3Embeddings.concatenate(parts)
+    assert len(out) == len(TEXTS) and (len(parts) > 1) == (window_characters < 100000)
+    np.testing.assert_allclose(out.dense, expected.dense, **TOLERANCE)
+    assert [ids.keys() for ids in out.sparse.to_dicts()] == [ids.keys() for ids in expected.sparse.to_dicts()]
+    torch.testing.assert_close(out.multi_vector.rows, expected.multi_vector.rows, **TOLERANCE)
+
+
+def test_a_stream_reads_one_window_ahead_and_no_further(model: M3Model) -> None:
+    reached: list[int] = []
+    parts = model.encode_stream(stream_of(["river"] * 1000, reached), window_characters=50)
+    for number, part in enumerate(parts):
+        assert len(part) == 10 and len(reached) <= 10 * (number + 2)
+        if number == 3:
+            break
+    assert len(reached) < 1000
+
+
+def test_a_stream_leaves_the_model_in_training_mode_between_windows(folder: Path) -> None:
+    model = M3Model.from_pretrained(folder)
+    expected = model.encode(["river"]).dense[0]
+    model.train()
+    for part in model.encode_stream(["river"] * 6, window_characters=10):
+        np.testing.assert_allclose(part.dense, np.stack([expected] * len(part)), **TOLERANCE)
+        assert model.training
+
+
+def test_an_empty_stream_has_no_window_and_bad_texts_are_named(model: M3Model) -> None:
+    assert list(model.encode_stream([])) == []
+    with pytest.raises(TypeError, match=r"texts\[1\] must be a string, got int"):
+        list(model.encode_stream(["a", 1]))
+    with pytest.raises(TypeError, match="iterable of strings, got str"):
+        model.encode_stream("a")
+    with pytest.raises(ValueError, match="window_characters is 0"):
+        model.encode_stream(["a"], window_characters=0)
+    with pytest.raises(ValueError, match="batch_tokens is 0"):
+        model.encode_stream(["a"], batch_tokens=0)
+
+
+def test_texts_that_a_stream_cuts_are_counted_once_at_its_end(model: M3Model) -> None:
+    with pytest.warns(UserWarning, match="3 texts are longer than 8 tokens") as caught:
+        list(model.encode_stream([LONG] * 3, window_characters=10, max_length=8))
+    assert len(caught) == 1 and caught[0].filename == __file__
 
 
 def test_only_what_is_asked_for_is_computed(model: M3Model) -> None:
