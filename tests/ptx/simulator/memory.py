@@ -38,6 +38,20 @@ def scatter(data: NDArray[Any], places: Lanes, values: Lanes) -> None:
     words[(places // size)[:, None] + np.arange(count)] = values
 
 
+class Touched:
+    """Which sectors were touched; looks only between the first and the last, as address space may be vast."""
+
+    def __init__(self, sectors: int) -> None:
+        self.marks, self.first, self.last = np.zeros(sectors, bool), sectors, -1
+
+    def add(self, sectors: Lanes) -> None:
+        self.marks[sectors] = True
+        self.first, self.last = min(self.first, int(sectors.min())), max(self.last, int(sectors.max()))
+
+    def count(self) -> int:
+        return int(np.count_nonzero(self.marks[self.first : self.last + 1]))
+
+
 class Region:
     """Bytes [start, start + size) of this process's memory, and which of its sectors were loaded and stored."""
 
@@ -48,7 +62,7 @@ class Region:
         bytes_around = self.end - self.base
         self.data = np.ctypeslib.as_array((ctypes.c_uint8 * bytes_around).from_address(self.base))
         sectors = self.end // SECTOR - start // SECTOR + 1
-        self.loaded, self.stored = np.zeros(sectors, bool), np.zeros(sectors, bool)
+        self.loaded, self.stored = Touched(sectors), Touched(sectors)
 
 
 class GlobalMemory:
@@ -70,14 +84,14 @@ class GlobalMemory:
         values = np.empty((addresses.size, count), UNSIGNED[8 * size])
         for region, chosen in self._regions(addresses, size * count, "load"):
             values[chosen] = gather(region.data, addresses[chosen] - region.base, size, count)
-            region.loaded[addresses[chosen] // SECTOR - region.start // SECTOR] = True
+            region.loaded.add(addresses[chosen] // SECTOR - region.start // SECTOR)
         return values
 
     def store(self, addresses: Lanes, values: Lanes) -> None:
         """Store [n, count] words."""
         for region, chosen in self._regions(addresses, values.dtype.itemsize * values.shape[1], "store"):
             scatter(region.data, addresses[chosen] - region.base, values[chosen])
-            region.stored[addresses[chosen] // SECTOR - region.start // SECTOR] = True
+            region.stored.add(addresses[chosen] // SECTOR - region.start // SECTOR)
 
     def _regions(self, addresses: Lanes, size: int, what: str) -> list[tuple[Region, Any]]:
         """The regions that the addresses lie in, each with its lanes; all of them are checked."""
@@ -105,8 +119,8 @@ class GlobalMemory:
     def distinct_sectors(self) -> tuple[int, int]:
         """Sectors loaded and stored at least once."""
         return (
-            sum(int(np.count_nonzero(region.loaded)) for region in self.regions),
-            sum(int(np.count_nonzero(region.stored)) for region in self.regions),
+            sum(region.loaded.count() for region in self.regions),
+            sum(region.stored.count() for region in self.regions),
         )
 
 
