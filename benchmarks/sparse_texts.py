@@ -34,7 +34,7 @@ def tokens() -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32], N
     cache = CACHE / "sparse_texts.npz"
     if not cache.exists():
         texts, questions = _texts()
-        encode = _tokenizer()
+        encode = tokenizer()
         passages = [
             ids[begin : begin + PASSAGE_TOKENS]
             for ids in encode(texts)
@@ -86,7 +86,7 @@ def _texts() -> tuple[list[str], list[str]]:
     return list(texts), questions
 
 
-def _tokenizer():
+def tokenizer():
     from tokenizers import Tokenizer
 
     from m3model.embedded import make_embedded_backbone
