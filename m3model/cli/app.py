@@ -17,6 +17,7 @@ from m3model.cli.encode import encode
 from m3model.cli.eval import evaluate
 from m3model.cli.explain import explain
 from m3model.cli.index import index
+from m3model.cli.mine import mine
 from m3model.cli.score import score
 from m3model.cli.search import search
 
@@ -78,7 +79,7 @@ def _options(
     """Options before the command."""
 
 
-for _command in (encode, index, search, score, explain, doctor, demo):
+for _command in (encode, index, search, score, explain, mine, doctor, demo):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(data, name="data")
