@@ -9,6 +9,7 @@ import lzma
 import multiprocessing
 import os
 import pickle
+import resource
 import sys
 import tempfile
 from collections.abc import Callable
@@ -151,6 +152,19 @@ def test_a_packed_file_is_unpacked_once_for_each_of_its_states(tmp_path: Path, t
     assert plain.stat().st_ino == state.st_ino and plain.parent.stat().st_mode & 0o077 == 0
     write(path, [GOOD, TEACHER])
     assert len(TrainingDataset([DataSource(path)])) == 2
+
+
+def test_no_room_to_unpack_names_file_and_folder_and_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
+    path = write(tmp_path / "rows.jsonl.gz", [{**GOOD, "id": "x" * 300_000}])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # a write beyond it fails like one to a full disk
+    try:
+        with pytest.raises(OSError, match=rf"cannot unpack {path} into {temporary}"):
+            TrainingDataset([DataSource(path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not any(child.is_file() for child in temporary.rglob("*"))
+    assert len(TrainingDataset([DataSource(path)])) == 1
 
 
 def test_sources_follow_each_other(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,6 +230,38 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     summary = mine_hard_negatives(model, rows, out, options=options)
     assert (summary.resumed_rows, summary.rows) == (32, 28)
     assert out.read_bytes() == whole and not part.parent.exists()
+
+
+def test_a_full_disk_stops_the_run_and_what_was_done_serves_the_next(
+    model: M3Model, rows: Path, tmp_path: Path
+) -> None:
+    options = MiningOptions(**KILLED)
+    out = tmp_path / "out.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(stage: str, done: int, _total: int) -> None:
+        if (stage, done) == ("rows", 16):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (part.stat().st_size + 100, before[1]))
+
+    part = tmp_path / "out.jsonl.mining" / "rows.part"
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            mine_hard_negatives(model, rows, out, options=options, progress=fill_the_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not out.exists() and len(part.read_bytes().splitlines()) >= 16
+    assert mine_hard_negatives(model, rows, out, options=options).resumed_rows == 16
+    assert len(read(out)) == 60
+
+
+def test_two_processes_do_not_mine_into_one_file(model: M3Model, rows: Path, tmp_path: Path) -> None:
+    def second(stage: str, done: int, _total: int) -> None:
+        if (stage, done) == ("rows", 32):
+            with pytest.raises(RuntimeError, match="another process mines into"):
+                mine_hard_negatives(model, rows, tmp_path / "out.jsonl", options=MiningOptions(**KILLED))
+
+    mine_hard_negatives(model, rows, tmp_path / "out.jsonl", options=MiningOptions(**KILLED), progress=second)
+    assert len(read(tmp_path / "out.jsonl")) == 60
 
 
 def test_an_unfinished_run_of_other_rows_options_or_model_is_an_error(
