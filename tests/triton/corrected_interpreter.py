@@ -1,8 +1,9 @@
 """Triton's interpreter (TRITON_INTERPRET=1), corrected where 3.7.1 computes bfloat16 wrongly.
 
 The interpreter keeps bfloat16 as uint16 and silently multiplies those integers in tl.dot and in arithmetic, and it
-rounds float32 to bfloat16 towards zero. After `install()` tl.dot widens its inputs, casts go through torch (nearest
-even), and any other arithmetic on bfloat16 raises, because kernels are meant to convert to float32 first.
+rounds float32 to bfloat16 towards zero. It also multiplies float32 exactly where tf32 is asked for. After `install()`
+tl.dot widens its inputs, or cuts them to tf32 as tensor cores do, casts go through torch (nearest even), and any other
+arithmetic on bfloat16 raises, because kernels are meant to convert to float32 first.
 It also calls device functions without patching the language anew each time, which took most of a test's time.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 TORCH_DTYPES = {
@@ -62,10 +64,21 @@ def _widen(handle: Any) -> Any:
 
 
 def _widening_dot(original: Callable[..., Any]) -> Callable[..., Any]:
-    def create_dot(self: Any, a: Any, b: Any, sums: Any, *options: Any) -> Any:
-        return original(self, _widen(a), _widen(b), sums, *options)
+    def create_dot(self: Any, a: Any, b: Any, sums: Any, precision: Any, *options: Any) -> Any:
+        a, b = _widen(a), _widen(b)
+        if precision == ir.INPUT_PRECISION.TF32:
+            a, b = _cut_to_tf32(a), _cut_to_tf32(b)
+        return original(self, a, b, sums, precision, *options)
 
     return create_dot
+
+
+def _cut_to_tf32(handle: Any) -> Any:
+    """A float32 operand without the 13 low bits of its fraction, which mma.sync leaves out."""
+    if handle.dtype.scalar != tl.float32:
+        return handle
+    bits = np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
 
 def _widening_cast(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,11 +12,11 @@ from triton.runtime.errors import InterpreterError
 
 
 @triton.jit
-def product(a_ptr, b_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+def product(a_ptr, b_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     a = tl.load(a_ptr + m[:, None] * K + k[None, :])
     b = tl.load(b_ptr + k[:, None] * N + n[None, :])
-    tl.store(out_ptr + m[:, None] * N + n[None, :], tl.dot(a, b))
+    tl.store(out_ptr + m[:, None] * N + n[None, :], tl.dot(a, b, input_precision=PRECISION))
 
 
 @triton.jit
@@ -124,6 +124,14 @@ def test_products_are_those_of_torch(dtype: torch.dtype) -> None:
     out = torch.empty(32, 16)
     product[(1,)](a, b, out, M=32, N=16, K=64)
     torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_tf32_products_leave_out_the_low_bits_of_float32() -> None:
+    a, b, out = torch.full((32, 64), 1 + 2**-10 + 2**-11), torch.full((64, 16), 1 + 2**-12), torch.empty(32, 16)
+    product[(1,)](a, b, out, M=32, N=16, K=64, PRECISION="tf32")
+    assert (out == 64 * (1 + 2**-10)).all()
+    product[(1,)](a.bfloat16(), b.bfloat16(), out, M=32, N=16, K=64, PRECISION="tf32")
+    assert (out == 64).all()
 
 
 @pytest.mark.parametrize("target", [torch.bfloat16, torch.float16])
