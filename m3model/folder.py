@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["atomic_folder", "check_state", "encoder_weights", "head_weights", "locate", "write_weights"]
+__all__ = ["atomic_folder", "check_state", "encoder_weights", "flush", "head_weights", "locate", "write_weights"]
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HUB_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*_linear.pt", "*.model", "vocab.txt")
@@ -135,9 +135,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         mask = _umask()
         for path in (*fresh.iterdir(), fresh):
             path.chmod((0o777 if path is fresh else 0o666) & ~mask)
-            _flush(path)
+            flush(path)
         _replace(target, fresh)
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -165,7 +165,8 @@ def _umask() -> int:
     return mask
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Write a file or a folder's list of names to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
