@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from m3model.embeddings import M3Embeddings
@@ -121,6 +122,10 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             )
         finally:
             model.config = config
+        for callback in self.callback_handler.callbacks:
+            # Without it an evaluation before training would log below the working directory.
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = os.path.join(args.output_dir, "tensorboard")
         self.current_gradient_accumulation_steps = 1
         self._options = {head: head in args.heads for head in HEADS}
         self._window = _Window()
