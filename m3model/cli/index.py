@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,19 +19,24 @@ from m3model.cli.options import (
     FloatType,
     Lines,
     MaxLength,
-    Model,
+    OptionalModel,
     load_model,
     torch_dtype,
 )
 
 if TYPE_CHECKING:
     from m3model.embeddings import EncodedTexts
+    from m3model.retrieval import ExactIndex
 
 
 def index(
-    model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the index; one that is there is added to.")],
+    model: OptionalModel = None,
     files: Files = None,
+    encoded: Annotated[
+        Path | None,
+        typer.Option(help="Take texts and vectors from this folder of `m3 encode --out` instead of a model and files."),
+    ] = None,
     lines: Lines = False,
     multi_vector: Annotated[bool, typer.Option(help="Keep a vector for every token, to rerank with.")] = True,
     row_dtype: Annotated[FloatType, typer.Option(help="Type in which those vectors are kept.")] = FloatType.float16,
@@ -43,35 +48,27 @@ def index(
     as_json: AsJson = False,
 ) -> None:
     """Index texts. Documents whose id the index holds are passed over, so a run that was stopped can be repeated."""
-    from m3model.cli.inputs import read_documents
     from m3model.cli.output import document_bar, print_json, print_table
-    from m3model.retrieval import ExactIndex, fingerprint
-    from m3model.retrieval.storage import is_index
-    from m3model.retrieval.streaming import ingest_stream
 
-    documents = read_documents(files, lines=lines)
-    loaded = load_model(model, device, dtype)
-    mark = fingerprint(loaded)
-    if is_index(out):
-        collection = ExactIndex.load(out)
-        collection.check_model(mark)
+    if encoded is not None:
+        if files:
+            raise typer.BadParameter(
+                "texts come from files or from an encoded folder, not both", param_hint="--encoded"
+            )
+        collection, stream = _from_shards(encoded, out, row_dtype if multi_vector else None)
+    elif model is None:
+        raise typer.BadParameter("give a model, or a folder of encoded texts", param_hint="--model or --encoded")
     else:
-        name = os.path.abspath(model) if os.path.isdir(model) else model
-        collection = ExactIndex(mark, {"model": name, "max_length": max_length})
-
-    def embed(contents: Sequence[Mapping[str, Any]]) -> EncodedTexts:
-        return loaded.encode(
-            [content["text"] for content in contents],
-            multi_vector=multi_vector,
-            multi_vector_dtype=torch_dtype(row_dtype),
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-        )
-
+        chosen = {
+            "multi_vector": multi_vector,
+            "multi_vector_dtype": torch_dtype(row_dtype),
+            "max_length": max_length,
+            "batch_tokens": batch_tokens,
+        }
+        collection, stream = _from_files(model, files, lines, out, block, device, dtype, chosen)
     begin, before, read = time.monotonic(), len(collection), 0
-    stream = ((document.id, {"text": document.text, **document.fields}) for document in documents)
     with document_bar("index") as advance:
-        for stored in ingest_stream(collection, stream, embed, folder=str(out), block=block):
+        for stored in stream:
             read += len(stored)
             advance(len(stored))
     if not read:
@@ -89,3 +86,54 @@ def index(
         print_json(facts)
     else:
         print_table(list(facts), [[str(value) for value in facts.values()]])
+
+
+def _from_files(
+    model: str,
+    files: list[Path] | None,
+    lines: bool,
+    out: Path,
+    block: int,
+    device: str,
+    dtype: FloatType,
+    chosen: dict[str, Any],
+) -> tuple[ExactIndex, Iterator[list[str]]]:
+    """The index, and the ids of each block as it is encoded and stored."""
+    from m3model.cli.inputs import read_documents
+    from m3model.retrieval import fingerprint
+    from m3model.retrieval.streaming import ingest_stream
+
+    documents = read_documents(files, lines=lines)
+    loaded = load_model(model, device, dtype)
+    name = os.path.abspath(model) if os.path.isdir(model) else model
+    collection = _opened(out, fingerprint(loaded), {"model": name, "max_length": chosen["max_length"]})
+
+    def embed(contents: Sequence[Mapping[str, Any]]) -> EncodedTexts:
+        return loaded.encode([content["text"] for content in contents], **chosen)
+
+    stream = ((document.id, {"text": document.text, **document.fields}) for document in documents)
+    return collection, ingest_stream(collection, stream, embed, folder=str(out), block=block)
+
+
+def _from_shards(encoded: Path, out: Path, row_dtype: FloatType | None) -> tuple[ExactIndex, Iterator[list[str]]]:
+    """As _from_files, out of a folder of shards; row_dtype None leaves multi-vectors out."""
+    from m3model.retrieval.streaming import ingest_shards
+    from m3model.shards import EncodedShards
+
+    shards = EncodedShards(encoded)
+    metadata = {name: shards.options[name] for name in ("model", "max_length") if shards.options[name] is not None}
+    collection = _opened(out, shards.fingerprint, metadata)
+    rows = None if row_dtype is None else torch_dtype(row_dtype)
+    return collection, ingest_shards(collection, shards, str(out), multi_vector_dtype=rows)
+
+
+def _opened(out: Path, mark: str, metadata: dict[str, Any]) -> ExactIndex:
+    """The index that is there, if it is of the same model, or a new one."""
+    from m3model.retrieval import ExactIndex
+    from m3model.retrieval.storage import is_index
+
+    if not is_index(out):
+        return ExactIndex(mark, metadata)
+    collection = ExactIndex.load(out)
+    collection.check_model(mark)
+    return collection

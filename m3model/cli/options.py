@@ -23,6 +23,7 @@ __all__ = [
     "Lines",
     "MaxLength",
     "Model",
+    "OptionalModel",
     "Weights",
     "existing_files",
     "load_model",
@@ -63,12 +64,11 @@ def existing_files(value: list[Path] | Path | None) -> list[Path] | Path | None:
     return value
 
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", envvar="M3_MODEL", help="Model folder, or hub id such as BAAI/bge-m3.", metavar="MODEL"
-    ),
-]
+_MODEL = typer.Option(
+    "--model", "-m", envvar="M3_MODEL", help="Model folder, or hub id such as BAAI/bge-m3.", metavar="MODEL"
+)
+Model = Annotated[str, _MODEL]
+OptionalModel = Annotated[str | None, _MODEL]
 Files = Annotated[
     list[Path] | None,
     typer.Argument(

@@ -1,4 +1,5 @@
 """Streamed ingest into an index: blocks of documents are encoded, added and stored; then they are acknowledged.
+Shards of `m3 encode --out FOLDER` are stored the same way without being encoded again.
 
 What was acknowledged survives a crash; what was not is encoded again when the same stream is given again. A document
 that the index holds is passed over, so that ingest can be stopped and repeated at any time and nothing is doubled.
@@ -10,11 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from m3model.embeddings import EncodedTexts
+import torch
+
+from m3model.embeddings import EncodedTexts, M3Embeddings
 from m3model.retrieval.exact import ExactIndex
 from m3model.retrieval.milvus import MilvusIndex, document_digest
+from m3model.shards import EncodedShards
 
-__all__ = ["ingest_stream"]
+__all__ = ["ingest_shards", "ingest_stream"]
 
 Document = tuple[str, Mapping[str, Any]]
 """Id and JSON object of a document."""
@@ -67,3 +71,41 @@ def ingest_stream(
                 assert folder is not None
                 index.save(folder)
         yield list(fresh)
+
+
+def ingest_shards(
+    index: ExactIndex,
+    shards: EncodedShards,
+    folder: str,
+    *,
+    multi_vector_dtype: torch.dtype | None = torch.float16,
+) -> Iterator[list[str]]:
+    """Add encoded documents; yields the ids of each shard once it is stored in `folder`.
+
+    Args:
+        index: documents whose id it holds are passed over.
+        multi_vector_dtype: type in which multi-vectors are kept; None leaves them out.
+
+    Raises:
+        ValueError: the texts were encoded as queries, an id comes twice in a shard with different objects, or the
+            embeddings do not fit those of the index.
+    """
+    if shards.options["role"] != "passage":
+        raise ValueError(f"{shards.folder} was encoded with role {shards.options['role']}; accepted: passage")
+    for segment in shards:
+        ids = segment.ids.strings()
+        fresh: dict[str, int] = {}
+        for number, name in enumerate(ids):
+            if name in fresh and segment.document(fresh[name]) != segment.document(number):
+                raise ValueError(f"the id {name!r} comes twice with different contents")
+            fresh.setdefault(name, number)
+        new = [number for name, number in fresh.items() if name not in index]
+        if new:
+            embeddings = segment.embeddings
+            rows = embeddings.multi_vector
+            if rows is not None:
+                rows = None if multi_vector_dtype is None else rows._replace(rows=rows.rows.to(multi_vector_dtype))
+            chosen = M3Embeddings(embeddings.dense, embeddings.sparse, rows).select(new)
+            index.add([ids[number] for number in new], chosen, [segment.document(number) for number in new])
+            index.save(folder)
+        yield ids

@@ -101,6 +101,41 @@ def test_encode_writes_arrays(folder: Path, model: M3Model, documents: Path, tmp
         assert arrays["multi_vector_offsets"][-1] == len(arrays["multi_vector_rows"])
 
 
+def test_encode_writes_shards_and_index_takes_them(folder: Path, index: Path, documents: Path, tmp_path: Path) -> None:
+    out, plain = tmp_path / "shards", tmp_path / "plain.txt.gz"
+    plain.write_bytes(gzip.compress(b"open the file\n\nclose the file\n"))
+    encode = ["encode", "-m", folder, "--out", out, "--multi-vector", "--shard-characters", "30", "--json", "--lines"]
+    (report,) = json_lines(m3(*encode, documents, plain))
+    assert report == {"folder": str(out), "rank": 0, "texts": 5, "shards": 3, "encoded": 3}
+    again = m3(*encode[:-2], documents, plain, "--lines")
+    assert "5 texts in 3 shards" in again.stderr and "(0 encoded now)" in again.stderr
+    (report,) = json_lines(m3("index", "--encoded", out, "-o", tmp_path / "other", "--json"))
+    assert (report["documents"], report["added"]) == (5, 5)
+    (report,) = json_lines(m3("index", "--encoded", out, "-o", index, "--json"))
+    assert (report["documents"], report["added"], report["known"]) == (5, 2, 3)
+    for place in (index, tmp_path / "other"):
+        (found,) = json_lines(m3("search", place, "close the file", "--json", "-k", "1"))
+        assert found["hits"][0]["text"] == "close the file"
+    damaged = out / "shard-00000001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    result = m3("index", "--encoded", out, "-o", tmp_path / "third")
+    assert result.exit_code == 1 and "shard-00000001.safetensors is damaged" in result.stderr
+
+
+def test_processes_of_torchrun_share_the_shards(
+    folder: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    encode = ["encode", "-m", folder, "--out", tmp_path / "shards", "--shard-characters", "1", "--json", documents]
+    for rank, encoded in ((0, 2), (1, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        (report,) = json_lines(m3(*encode))
+        assert (report["rank"], report["shards"], report["encoded"]) == (rank, 3, encoded)
+    assert m3("encode", "-m", folder, documents).exit_code == 2, "tables are printed by one process"
+    monkeypatch.setenv("RANK", "first")
+    assert m3(*encode).exit_code == 2
+
+
 def test_encode_prints_a_table(folder: Path) -> None:
     result = m3("encode", "-m", folder, "--multi-vector", stdin="the river\n")
     assert "stdin:1" in result.stdout and "river" in result.stdout and "heaviest tokens" in result.stdout
@@ -218,6 +253,11 @@ def test_a_cut_text_is_told_on_stderr(folder: Path) -> None:
         (["search", "INDEX", "--queries", "nowhere.txt"], "there is no file 'nowhere.txt'"),
         (["encode", "-m", "MODEL", "--max-length", "2"], "max-length"),
         (["encode"], "Missing option"),
+        (["encode", "-m", "MODEL", "-o", "shards"], "files, which can be read again"),
+        (["encode", "-m", "MODEL", "-o", "shards", "-"], "files, which can be read again"),
+        (["encode", "-m", "MODEL", "-o", "x.npz", "--row-dtype", "bfloat16"], "no bfloat16"),
+        (["index", "-o", "other"], "give a model, or a folder of encoded texts"),
+        (["index", "-o", "other", "--encoded", "x", "-"], "not both"),
         (["index", "-m", "MODEL"], "Missing option"),
         (["score", "-m", "MODEL", "only a query"], "at least one passage"),
         (["score", "-m", "MODEL"], "give a query"),
