@@ -34,7 +34,7 @@ $(VENV)/.torch:
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[demo,test,eval,milvus]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[demo,test,eval,milvus,train]"
 	@touch $@
 
 .venv-parity/.installed:

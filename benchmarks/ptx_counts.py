@@ -27,7 +27,7 @@ from m3kernels.attention import triton_kernels as attention
 from m3kernels.maxsim import triton_kernels as maxsim
 from m3kernels.sparse import reference as sparse_reference
 from tests.ptx import cases
-from tests.ptx.cuda_launches import build, simulated_cuda
+from tests.ptx.cuda_launches import simulated_cuda, sources_digest
 from tests.ptx.triton_launches import ARCHITECTURE, Grid, Launch, simulated_triton
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,7 +258,7 @@ def exact_line(op: str, arithmetic: str, options: str, launches: list[Launch]) -
 
 def origin() -> dict[str, Any]:
     """What the counts depend on: Triton, sources and tiles of sm_80, and the CUDA sources."""
-    told: dict[str, Any] = {"cuda": build().name}
+    told: dict[str, Any] = {"cuda": sources_digest()}
     for op in ("attention", "maxsim"):
         made_from = compiled_tables.origin(op)
         tiles = {name: tile for name, tile in made_from["tiles"].items() if name.startswith(f"sm_{ARCHITECTURE}/")}

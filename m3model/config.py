@@ -140,6 +140,10 @@ class M3Config:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
+    def to_json_string(self) -> str:
+        """config.json as text; the loggers of transformers ask for it."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
     def to_dict(self) -> dict[str, Any]:
         """The contents of config.json, readable by transformers."""
         values = asdict(self)

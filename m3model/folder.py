@@ -166,7 +166,7 @@ def _umask() -> int:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold the file, or the names in the folder."""
+    """Write a file or a folder's list of names to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -219,6 +219,18 @@ class M3Model(nn.Module):
         """In training, keep only the input of each layer and compute it again in backward."""
         self.backbone.gradient_checkpointing = enabled
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: object = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """`set_gradient_checkpointing` under the name by which transformers.Trainer asks for it.
+
+        Raises:
+            ValueError: an option that the backbone does not have.
+        """
+        if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
+            raise ValueError("activation_checkpointing_kwargs are given; accepted: none, every layer is checkpointed")
+        self.set_gradient_checkpointing(True)
+
     def tokenize(
         self,
         texts: Sequence[str],

@@ -15,6 +15,9 @@ constexpr int kRowBlock = 256;
 constexpr int kColumnBlock = 128;
 constexpr int kPartLanes = 8;
 
+// Floats from one part's sums to the next: width sums and that of the bias, whole 16-byte units.
+constexpr int64_t part_stride(int64_t width) { return (width + 4) / 4 * 4; }
+
 // Largest number of neighbours that one 16-byte load can take, for a width and pointers that allow it; else 1.
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
@@ -99,8 +102,13 @@ __global__ void __launch_bounds__(kColumnBlock) embed_gradient_kernel(
     }
     *reinterpret_cast<Vector<T, kCount>*>(grad_hidden + row * width + column) = grad;
   }
-  float* out = partial + blockIdx.x * (width + 1);
-  for (int i = 0; i < kCount; ++i) out[column + i] = sum[i];
+  float* out = partial + blockIdx.x * part_stride(width);
+  constexpr int kStored = kCount < 4 ? kCount : 4;
+  for (int i = 0; i < kCount; i += kStored) {
+    Vector<float, kStored> sums;
+    for (int j = 0; j < kStored; ++j) sums.value[j] = sum[i + j];
+    *reinterpret_cast<Vector<float, kStored>*>(out + column + i) = sums;
+  }
   if (column == 0) out[width] = grad_sum;
 }
 
@@ -112,7 +120,7 @@ __global__ void sum_parts_kernel(
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
   float sum = 0;
   for (int part = threadIdx.y; part < parts && column <= width; part += kPartLanes) {
-    sum += partial[part * (width + 1) + column];
+    sum += partial[part * part_stride(width) + column];
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
@@ -224,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_embed_backward(
   if (total == 0) return {grad_hidden, grad_weight, grad_bias};
   const int64_t part_rows = std::max<int64_t>(32, divide_up(total, 256)), parts = divide_up(total, part_rows);
   Tensor entry_of_row = torch::stable::new_zeros(rows, {total});
-  Tensor partial = torch::stable::new_empty(hidden, {parts, width + 1}, ScalarType::Float);
+  Tensor partial = torch::stable::new_empty(hidden, {parts, part_stride(width)}, ScalarType::Float);
   LAUNCH(
       invert_rows_kernel,
       grid_for(total, kRowBlock),

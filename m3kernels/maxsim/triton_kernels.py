@@ -373,7 +373,8 @@ def backward_q_kernel(
     part = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part_ok = part < width
     query = tl.load(query_of_row_ptr + row).to(tl.int64)
-    sums = tl.zeros((BLOCK_N,), tl.float32)
+    # Each thread adds up its own passages; they meet once, after the loop.
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, passages, BLOCK_M):
         passage = start + tl.arange(0, BLOCK_M)
         passage_ok = passage < passages
@@ -381,8 +382,9 @@ def backward_q_kernel(
         weight = tl.load(weights_ptr + query * passages + passage, mask=passage_ok, other=0.0)
         won = (winner >= 0)[:, None] & part_ok[None, :]
         chosen = tl.load(rows_ptr + winner.to(tl.int64)[:, None] * width + part[None, :], mask=won, other=0.0)
-        sums += tl.sum(chosen.to(tl.float32) * weight[:, None], 0)
-    tl.store(grad_queries_ptr + row * width + part, sums.to(grad_queries_ptr.dtype.element_ty), mask=part_ok)
+        sums += chosen.to(tl.float32) * weight[:, None]
+    total = tl.sum(sums, 0)
+    tl.store(grad_queries_ptr + row * width + part, total.to(grad_queries_ptr.dtype.element_ty), mask=part_ok)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME_VALUES)

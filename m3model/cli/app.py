@@ -20,6 +20,7 @@ from m3model.cli.index import index
 from m3model.cli.mine import mine
 from m3model.cli.score import score
 from m3model.cli.search import search
+from m3model.cli.train import train
 
 __all__ = ["app"]
 
@@ -82,4 +83,6 @@ def _options(
 for _command in (encode, index, search, score, explain, mine, doctor, demo):
     app.command()(_command)
 app.command("eval")(evaluate)
+# Its options are those of transformers.TrainingArguments and more, read by argparse in the command itself.
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 app.add_typer(data, name="data")

@@ -11,7 +11,7 @@ its embeddings, and with gradient checkpointing a sub-batch by the inputs of its
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from m3model.training.losses import M3Loss
 
 __all__ = ["split_batch_backward", "sub_batches"]
 
-Encoder = Callable[[Tensor, Tensor], M3Embeddings[Any]]
+Encoder = Callable[..., M3Embeddings[Any]]
 
 
 def split_batch_backward(
@@ -36,6 +36,7 @@ def split_batch_backward(
     *,
     sub_batch_tokens: int,
     scale: float = 1.0,
+    options: Mapping[str, Any] | None = None,
 ) -> M3Loss:
     """Add the gradients of `scale` · loss_of(embeddings of all texts).total to the parameters of `encoder`.
 
@@ -46,6 +47,7 @@ def split_batch_backward(
         loss_of: from the embeddings of the N texts to their loss; it may gather those of other ranks.
         sub_batch_tokens: rows of a sub-batch; a longer text makes one of its own.
         scale: 1 / number of accumulated steps, or a gradient scaler's.
+        options: further arguments by name of every call of `encoder`, such as which heads to compute.
 
     Returns:
         The loss, detached and without `scale`.
@@ -56,10 +58,11 @@ def split_batch_backward(
     """
     bounds = sub_batches(offsets, sub_batch_tokens)
     begins = offsets.tolist()
+    keywords = dict(options or {})
 
     def encode(first: int, last: int) -> M3Embeddings[Any]:
         rows = token_ids[begins[first] : begins[last]]
-        return _compact(encoder(rows, offsets[first : last + 1] - begins[first]))
+        return _compact(encoder(rows, offsets[first : last + 1] - begins[first], **keywords))
 
     states, parts = [], []
     with torch.no_grad():

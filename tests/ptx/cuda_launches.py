@@ -56,15 +56,22 @@ needs_nvcc = pytest.mark.skipif(
 )
 
 
+def sources_digest() -> str:
+    """Of the CUDA C++ sources and their headers."""
+    digest = hashlib.sha256()
+    for path in [*sorted(ROOT.glob("csrc/cuda/*.cu*")), *sorted(ROOT.glob("csrc/include/*.h"))]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 @functools.cache
 def build() -> Path:
     """The folder with the library and the PTX of every source, compiled unless it is there already."""
     compiler = nvcc()
     assert compiler is not None
-    files = [*sorted(ROOT.glob("csrc/cuda/*.cu*")), *sorted(ROOT.glob("csrc/include/*.h")), RUNTIME, REGISTRATION]
-    digest = hashlib.sha256(f"{torch.__version__} {compiler} {NVCC_FLAGS}".encode())
-    for path in files:
-        digest.update(path.name.encode() + path.read_bytes())
+    digest = hashlib.sha256(f"{torch.__version__} {compiler} {NVCC_FLAGS} {sources_digest()}".encode())
+    for path in (RUNTIME, REGISTRATION):
+        digest.update(path.read_bytes())
     folder = ROOT / ".cache" / "ptx" / f"cuda-{digest.hexdigest()[:16]}"
     if folder.exists():
         return folder

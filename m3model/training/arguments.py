@@ -1,0 +1,159 @@
+"""Arguments of training: transformers.TrainingArguments and what M3 adds, under the names of the formulas (losses.py).
+
+Steps 0 to unified_after_steps train dense, sparse, multi-vector and hybrid without distillation (the warm-up of the
+paper, section 3.3), the steps after them with self-distillation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from transformers import TrainingArguments
+
+from m3model.training.losses import HEADS
+
+__all__ = ["M3TrainingArguments"]
+
+_TEACHER_LOSSES = ("none", "kl_div", "m3_kd_loss")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
+    """Arguments of `M3Trainer`; those of transformers.TrainingArguments keep their meaning.
+
+    Raises:
+        ValueError: a value outside its range, or a setting of transformers that this trainer cannot serve.
+    """
+
+    temperature: float = field(default=0.02, metadata=_help("Scores are divided by it."))
+    heads: list[str] = field(
+        default_factory=lambda: list(HEADS), metadata=_help("Heads to train: some of dense sparse multi_vector.")
+    )
+    hybrid_weights: list[float] = field(
+        default_factory=lambda: [1.0, 0.3, 1.0],
+        metadata=_help("Weights of dense, sparse and multi-vector in the hybrid."),
+    )
+    loss_weights: list[float] = field(
+        default_factory=lambda: [1.0, 0.1, 1.0], metadata=_help("Weights of the three heads' losses (lambda).")
+    )
+    self_distill: bool = field(default=True, metadata=_help("Distil the hybrid into each head."))
+    unified_after_steps: int = field(default=0, metadata=_help("Steps of the warm-up, without distillation."))
+    official: bool = field(
+        default=False, metadata=_help("Compute the loss as FlagEmbedding does: padding counts as zero in MaxSim.")
+    )
+    in_batch_negatives: bool = field(default=True, metadata=_help("Passages of the other queries are negatives."))
+    cross_rank_negatives: bool = field(
+        default=True, metadata=_help("Passages of the other processes are negatives, for all heads.")
+    )
+    teacher_loss: str = field(
+        default="kl_div", metadata=_help("Use of scores in the data: none, kl_div or m3_kd_loss.")
+    )
+    group_size: int = field(default=8, metadata=_help("Passages of a query: a positive and group_size - 1 negatives."))
+    query_max_length: int = field(default=512, metadata=_help("Tokens at which longer queries are cut."))
+    passage_max_length: int = field(default=512, metadata=_help("Tokens at which longer passages are cut."))
+    query_instruction: str = field(default="", metadata=_help("Text before every query whose row has no prompt."))
+    passage_instruction: str = field(default="", metadata=_help("Text before every passage."))
+    shuffle_ratio: float = field(
+        default=0.0, metadata=_help("Probability that the thirds of a long positive change places.")
+    )
+    length_buckets: dict[str, int] | str | None = field(
+        default=None,
+        metadata=_help('Largest batch for rows of up to so many characters, as JSON: {"2000": 32, "8000": 8}.'),
+    )
+    sub_batch_tokens: int | None = field(
+        default=None,
+        metadata=_help(
+            "Split batch: tokens whose activations are held at a time; the batch is limited by its embeddings."
+        ),
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata=_help("Learning rate of the sparse and the multi-vector head.")
+    )
+    freeze_word_embeddings: bool = field(default=False, metadata=_help("Leave the word embeddings as they are."))
+    dead_sparse_steps: int = field(
+        default=20, metadata=_help("Warn when so many steps in a row have no token weight above zero.")
+    )
+    learning_rate: float = field(
+        default=1e-5, metadata=_help("Learning rate of the backbone, and of the heads without one of their own.")
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata=_help("Steps over which the learning rate grows; below 1: part of all steps.")
+    )
+    logging_steps: float = field(default=10, metadata=_help("Steps from log to log."))
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata=_help("Not used: a loss that is not finite stops the training.")
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata=_help("Checkpoints kept, the best one and the last one always.")
+    )
+    remove_unused_columns: bool = field(default=False, metadata=_help("Not used: rows come from M3's own data sets."))
+    metric_for_best_model: str | None = field(
+        default=None, metadata=_help("Such as ndcg@10_hybrid, which is the default where a best one is asked for.")
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata=_help("Every parameter takes part in every step.")
+    )
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "length_buckets"]
+
+    def __post_init__(self) -> None:
+        best_is_asked_for = self.load_best_model_at_end or self.save_strategy == "best"
+        if best_is_asked_for and self.metric_for_best_model is None:
+            self.metric_for_best_model = f"ndcg@10_{'hybrid' if len(self.heads) > 1 else ''.join(self.heads)}"
+        super().__post_init__()
+        if isinstance(self.length_buckets, str):
+            raise ValueError(f'length_buckets is {self.length_buckets!r}; accepted: JSON such as {{"2000": 32}}')
+        unknown = [head for head in self.heads if head not in HEADS]
+        if unknown or not self.heads or len(set(self.heads)) < len(self.heads):
+            raise ValueError(f"heads are {self.heads}; accepted: some of {', '.join(HEADS)}, at least one")
+        self.heads = [head for head in HEADS if head in self.heads]
+        for name in ("group_size", "query_max_length", "passage_max_length", "dead_sparse_steps", "sub_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; accepted: at least 1")
+        if self.unified_after_steps < 0:
+            raise ValueError(f"unified_after_steps is {self.unified_after_steps}; accepted: at least 0")
+        if self.temperature <= 0 or not math.isfinite(self.temperature):
+            raise ValueError(f"temperature is {self.temperature}; accepted: finite numbers above 0")
+        for name in ("hybrid_weights", "loss_weights"):
+            values = getattr(self, name)
+            if len(values) != len(HEADS) or not all(math.isfinite(value) and value >= 0 for value in values):
+                raise ValueError(f"{name} are {values}; accepted: three finite numbers of at least 0")
+        if self.teacher_loss not in _TEACHER_LOSSES:
+            raise ValueError(f"teacher_loss is {self.teacher_loss!r}; accepted: {', '.join(_TEACHER_LOSSES)}")
+        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
+            raise ValueError(f"head_learning_rate is {self.head_learning_rate}; accepted: above 0")
+        if not self.in_batch_negatives and self.group_size < 2:
+            raise ValueError("group_size is 1 without in_batch_negatives; nothing would be a negative")
+        self._refuse_what_cannot_be_served()
+
+    def buckets(self) -> dict[int, int] | None:
+        """length_buckets with numbers as keys.
+
+        Raises:
+            ValueError: a key or a value is no whole number.
+        """
+        if self.length_buckets is None:
+            return None
+        assert isinstance(self.length_buckets, Mapping)
+        return {int(length): int(size) for length, size in self.length_buckets.items()}
+
+    def _refuse_what_cannot_be_served(self) -> None:
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is set; accepted: several processes under torchrun (DistributedDataParallel), because the"
+                    " packed backbone has been tested with no sharding of its weights"
+                )
+        for name in ("label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}; the M3 loss has no such thing")
+        if self.n_gpu > 1:
+            raise ValueError(f"one process sees {self.n_gpu} GPUs; start one process a GPU with torchrun")

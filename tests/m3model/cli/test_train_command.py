@@ -1,0 +1,114 @@
+"""m3 train: YAML and options, what it leaves, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from m3model import M3Model
+from m3model.cli.app import app
+
+WORDS = ["river", "mountain", "city", "bridge", "matrix", "vector"]
+
+
+@pytest.fixture
+def config(folder: Path, tmp_path: Path) -> Path:
+    """A file of rows and a configuration that trains on it twice, once with a weight."""
+    rows = [
+        {"query": f"where is {word}", "pos": [f"the {word} is here"], "neg": [f"the {other} is here"]}
+        for word, other in zip(WORDS, reversed(WORDS))
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model": str(folder),
+        "train": [str(data), {"path": str(data), "name": "again", "weight": 0.5}],
+        "dev": str(data),
+        "output_dir": str(tmp_path / "run"),
+        "group_size": 2,
+        "per_device_train_batch_size": 3,
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-4,
+        "self_distill": False,
+        "save_total_limit": None,
+        "use_cpu": True,
+    }
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def m3(*arguments: object) -> Result:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return CliRunner().invoke(app, ["train", *map(str, arguments)])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_training_from_a_file_with_an_option_that_wins(config: Path, tmp_path: Path, folder: Path) -> None:
+    result = m3(config, "--max_steps", 3, "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["steps"] == 3 and said["model"] == str(tmp_path / "run" / "model")
+    assert set(said["loss"]) == {"loss", "loss_dense", "loss_sparse", "loss_multi_vector", "loss_ensemble"}
+    assert set(said["ndcg@10"]) == {"dense", "sparse", "multi_vector", "hybrid"}
+    assert "12 rows of 2 files" in result.stderr and "step 3 of 3: loss" in result.stderr
+    trained, before = M3Model.from_pretrained(tmp_path / "run" / "model"), M3Model.from_pretrained(folder)
+    assert not torch.equal(trained.colbert_linear.weight, before.colbert_linear.weight)
+    used = json.loads((tmp_path / "run" / "arguments.json").read_text())
+    assert used["max_steps"] == 3 and used["learning_rate"] == 1e-4 and used["self_distill"] is False
+
+    refused = m3(config)
+    assert refused.exit_code == 1 and "checkpoint-3" in refused.stderr and "--resume" in refused.stderr
+    resumed = m3(config, "--resume")
+    assert resumed.exit_code == 0 and "checkpoint-3 on" in resumed.stderr
+    assert "last loss" in resumed.stdout and "multi_vector" in resumed.stdout and "after 4 steps" in resumed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--temperature", "0"], "temperature is 0.0"),
+        (["--temperature", "hot"], "invalid float value"),
+        (["--tempreature", "1"], "unknown arguments: --tempreature 1"),
+        (["--heads", "dense", "lexical"], "heads are"),
+    ],
+)
+def test_bad_options_exit_with_status_2(config: Path, arguments: list[str], said: str) -> None:
+    result = m3(config, *arguments)
+    assert result.exit_code == 2 and said in result.stderr, result.stderr
+
+
+def test_bad_configurations_exit_with_status_2(config: Path, tmp_path: Path) -> None:
+    assert "there is no file" in m3(tmp_path / "none.yaml").stderr
+    assert "model and train are needed" in m3("--output_dir", tmp_path / "x").stderr
+    broken = tmp_path / "broken.yaml"
+    for content, said in (("learning_rte: 1", "unknown learning_rte"), ("- a", "holds no lines"), ("a: [", "no YAML")):
+        broken.write_text(content)
+        result = m3(broken)
+        assert result.exit_code == 2 and said in result.stderr, result.stderr
+
+
+def test_a_bad_row_stops_before_the_model_is_loaded(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").open("a").write('{"query": "a"}\n')
+    result = m3(config)
+    assert result.exit_code == 1 and "rows.jsonl:7" in result.stderr and "'pos'" in result.stderr
+    wrong = m3(config, "--train", '{"file": "x"}')
+    assert wrong.exit_code == 1 and "accepted: a path, or path, name, weight" in wrong.stderr
+
+
+def test_help_lists_the_arguments_of_transformers_and_of_m3() -> None:
+    result = m3("--help")
+    assert result.exit_code == 0
+    for option in ("--learning_rate", "--learning-rate", "--sub_batch_tokens", "--unified_after_steps", "--dev"):
+        assert option in result.stdout

@@ -1,0 +1,387 @@
+"""M3Trainer on a tiny model: what it computes, what stops it, and what is left on disk then."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import change_config
+from torch import Tensor
+from transformers import TrainerCallback
+
+from m3model import M3Model
+from m3model.training import (
+    DataSource,
+    M3Trainer,
+    M3TrainingArguments,
+    TrainingDataset,
+    TrainingDivergedError,
+    last_checkpoint,
+    read_training_rows,
+)
+from m3model.training import trainer as trainer_module
+
+pytest.importorskip("accelerate")
+
+WORDS = ["river", "mountain", "city", "bridge", "matrix", "vector", "sort", "list", "open", "file", "north", "south"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 rows: the passage says the word of the query between others."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = []
+    for number, word in enumerate(WORDS * 2):
+        filler = "of the " * (number % 4)
+        others = [other for other in WORDS if other != word]
+        negatives = [f"the {filler}{others[(number + place) % 11]} is here" for place in range(3)]
+        query = f"where is {word}" if number < 12 else f"what is the {word}"
+        rows.append({"query": query, "pos": [f"{filler}{word} is in the query"], "neg": negatives})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def still(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model folder without dropout."""
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("still") / "m3")
+    change_config(copy, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return copy
+
+
+def make(model: Path, data: Path, out: Path, callbacks: Any = (), **changes: Any) -> M3Trainer:
+    settings: dict[str, Any] = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": 4,
+        "group_size": 3,
+        "learning_rate": 3e-4,
+        "max_steps": 9,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "temperature": 0.1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 5,
+    }
+    arguments = M3TrainingArguments(**{**settings, **changes})
+    loaded = M3Model.from_pretrained(model)
+    return M3Trainer(
+        loaded, arguments, TrainingDataset([DataSource(data)]), read_training_rows(data), callbacks=callbacks
+    )
+
+
+def curve(trainer: M3Trainer, key: str = "loss") -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def weights(model: M3Model) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def test_loss_falls_and_the_best_checkpoint_is_a_model_folder(folder: Path, data: Path, tmp_path: Path) -> None:
+    trainer = make(
+        folder,
+        data,
+        tmp_path,
+        max_steps=40,
+        save_steps=10,
+        eval_strategy="steps",
+        eval_steps=10,
+        load_best_model_at_end=True,
+        unified_after_steps=10,
+        learning_rate=1e-3,
+        report_to="tensorboard",
+    )
+    trainer.model.initialize_heads()
+    before = trainer.evaluate()
+    trainer.train()
+    losses = curve(trainer)
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), losses
+    after = trainer.evaluate()
+    for head in ("dense", "sparse", "multi_vector", "hybrid"):
+        assert 0 < before[f"eval_ndcg@10_{head}"] <= 1
+        assert len(curve(trainer, f"eval_ndcg@10_{head}")) == 5
+    assert after["eval_ndcg@10_hybrid"] > before["eval_ndcg@10_hybrid"]
+    assert after["eval_ndcg@10_hybrid"] == max(curve(trainer, "eval_ndcg@10_hybrid"))
+    # Two stages: no distillation in the steps of the warm-up.
+    first = next(entry["step"] for entry in trainer.state.log_history if "loss_distill" in entry)
+    assert first == 11 and len(curve(trainer, "loss_distill")) == 30
+    for key in ("loss_dense", "loss_sparse", "loss_multi_vector", "loss_ensemble", "grad_norm", "token_weights"):
+        assert len(curve(trainer, key)) == 40 and min(curve(trainer, key)) > 0, key
+    assert min(curve(trainer, "tokens_per_second")) > 10
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents*"))
+    best = M3Model.from_pretrained(trainer.state.best_model_checkpoint)
+    assert largest_difference(weights(best), weights(trainer.model)) == 0
+    assert best.encode(["the river"]).dense.shape == (1, 64)
+    assert not (tmp_path / ".unfinished").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"gradient_accumulation_steps": 2}])
+def test_split_batch_takes_the_same_steps(still: Path, data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    shared = {**changes, "max_steps": 3, "save_strategy": "no", "optim": "sgd", "learning_rate": 0.05}
+    start = weights(M3Model.from_pretrained(still))
+    whole = make(still, data, tmp_path / "whole", **{**shared, "activation_checkpointing": False})
+    whole.train()
+    split = make(still, data, tmp_path / "split", sub_batch_tokens=40, **shared)
+    assert split.model.backbone.gradient_checkpointing is False
+    split.train()
+    assert split.model.backbone.gradient_checkpointing == bool(changes.get("activation_checkpointing"))
+    assert curve(split) == pytest.approx(curve(whole), rel=1e-5)
+    moved = largest_difference(weights(whole.model), start)
+    # float32 sums in another order, 3 steps of them.
+    assert largest_difference(weights(split.model), weights(whole.model)) < 1e-4 * moved, moved
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(model: Path, data: Path, out: Path, step: int) -> None:
+    torch.set_num_threads(1)
+    make(model, data, out, [KillAt(step)]).train()
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder: Path, data: Path, tmp_path: Path) -> None:
+    step = random.SystemRandom().randint(3, 8)
+    context = multiprocessing.get_context("spawn")
+    killed = context.Process(target=train_until_killed, args=(folder, data, tmp_path / "killed", step))
+    killed.start()
+    whole = make(folder, data, tmp_path / "whole")
+    whole.train()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    resumed = make(folder, data, tmp_path / "killed")
+    checkpoint = last_checkpoint(tmp_path / "killed")
+    assert checkpoint is not None and int(checkpoint.split("-")[-1]) == (step - 1) // 2 * 2
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert curve(resumed) == curve(whole), f"killed at step {step}"
+    assert largest_difference(weights(resumed.model), weights(whole.model)) == 0, f"killed at step {step}"
+
+
+def train_on_a_rank(rank: int, port: int, model: Path, data: Path, out: Path, changes: dict[str, Any]) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    trainer = make(model, data, out, per_device_train_batch_size=2, ddp_backend="gloo", **changes)
+    trainer.train()
+    if rank == 0:
+        torch.save({"curve": curve(trainer), "weights": weights(trainer.model)}, out / "results.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_take_the_steps_of_one(still: Path, data: Path, tmp_path: Path) -> None:
+    changes = {"max_steps": 4, "save_steps": 4, "optim": "sgd", "learning_rate": 0.05, "sub_batch_tokens": 60}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(train_on_a_rank, (port, still, data, tmp_path / "two", changes), nprocs=2)
+    one = make(still, data, tmp_path / "one", **changes)
+    start = weights(one.model)
+    one.train()
+    two = torch.load(tmp_path / "two" / "results.pt")
+    assert two["curve"] == pytest.approx(curve(one), rel=1e-5)
+    moved = largest_difference(weights(one.model), start)
+    assert largest_difference(two["weights"], weights(one.model)) < 1e-4 * moved
+    stored = sorted(path.name for path in (tmp_path / "two" / "checkpoint-4").glob("rng_state*"))
+    assert stored == ["rng_state_0.pth", "rng_state_1.pth"]
+
+
+class Spoil(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_rest: Any) -> None:
+        if state.global_step == 5:
+            with torch.no_grad():
+                model.colbert_linear.weight[0, 0] = torch.nan
+
+
+def test_a_loss_that_is_not_a_number_stops_before_the_step(folder: Path, data: Path, tmp_path: Path) -> None:
+    trainer = make(folder, data, tmp_path, [Spoil()])
+    with pytest.raises(TrainingDivergedError, match=r"loss is nan at step 5.*checkpoint-4"):
+        trainer.train()
+    stored = M3Model.from_pretrained(tmp_path / "checkpoint-4")
+    assert all(bool(tensor.isfinite().all()) for tensor in stored.state_dict().values())
+    whole = make(folder, data, tmp_path / "whole")
+    whole.train()
+    resumed = make(folder, data, tmp_path)
+    resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert largest_difference(weights(resumed.model), weights(whole.model)) == 0
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(folder: Path, data: Path, tmp_path: Path) -> None:
+    trainer = make(folder, data, tmp_path)
+    trainer.model.sparse_linear.bias.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(TrainingDivergedError, match="norm of the gradient"):
+        trainer.train()
+    assert all(bool(tensor.isfinite().all()) for tensor in trainer.model.state_dict().values())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "small"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no tmpfs may be mounted here: {done.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def check_disk_full(folder: Path, data: Path, out: Path, scratch: Path) -> None:
+    trainer = make(folder, data, out)
+    with pytest.raises(OSError, match=r"checkpoint-4 cannot be written.*checkpoint-2"):
+        trainer.train()
+    assert sorted(path.name for path in out.glob("*")) == ["checkpoint-2"]
+    assert not (out / ".unfinished").exists()
+    resumed = make(folder, data, out, save_strategy="no")
+    resumed.train(resume_from_checkpoint=last_checkpoint(out))
+    whole = make(folder, data, scratch, save_strategy="no")
+    whole.train()
+    assert largest_difference(weights(resumed.model), weights(whole.model)) == 0
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(folder: Path, data: Path, small_disk: Path, tmp_path: Path) -> None:
+    check_disk_full(folder, data, small_disk / "run", tmp_path / "whole")
+
+
+def test_an_error_while_writing_leaves_the_last_checkpoint(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = trainer_module.flush
+
+    def full(path: Path) -> None:
+        if path.name == "optimizer.pt" and "checkpoint-4" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(trainer_module, "flush", full)
+    check_disk_full(folder, data, tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_dead_sparse_head_is_reported(folder: Path, data: Path, tmp_path: Path) -> None:
+    trainer = make(folder, data, tmp_path, save_strategy="no", dead_sparse_steps=3)
+    with torch.no_grad():
+        trainer.model.sparse_linear.bias.fill_(-1000)
+    with pytest.warns(UserWarning, match="sparse head is dead.*last 3 steps"):
+        trainer.train()
+    assert set(curve(trainer, "token_weights")) == {0.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make(folder, data, tmp_path, save_strategy="no", dead_sparse_steps=3, max_steps=4).train()
+
+
+def test_heads_that_are_left_out_stay_as_they_are(folder: Path, data: Path, tmp_path: Path) -> None:
+    trainer = make(
+        folder, data, tmp_path, heads=["dense"], max_steps=2, save_strategy="no", freeze_word_embeddings=True
+    )
+    before = weights(trainer.model)
+    trainer.train()
+    after = weights(trainer.model)
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    heads = {name for name in before if name.startswith(("sparse_linear", "colbert_linear"))}
+    assert same == heads | {"backbone.embeddings.word_embeddings.weight"}
+    assert curve(trainer, "loss") == curve(trainer, "loss_dense")
+    assert set(trainer.evaluate()) >= {"eval_ndcg@10_dense"} and "eval_ndcg@10_hybrid" not in trainer.evaluate()
+
+
+def test_the_heads_may_learn_faster(folder: Path, data: Path, tmp_path: Path) -> None:
+    trainer = make(folder, data, tmp_path, head_learning_rate=0.5, weight_decay=0.1)
+    groups = trainer.create_optimizer().param_groups
+    rate_of = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    decay_of = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        assert rate_of[id(parameter)] == (0.5 if "_linear" in name else 3e-4), name
+        assert decay_of[id(parameter)] == (0.0 if "bias" in name or "LayerNorm" in name else 0.1), name
+
+
+def test_teacher_scores_of_the_data_are_used_or_not(still: Path, data: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    path = tmp_path / "scored.jsonl"
+    path.write_text("".join(json.dumps({**r, "pos_scores": [3.0], "neg_scores": [1.0, 2.0, 0.0]}) + "\n" for r in rows))
+    shared = {"max_steps": 1, "save_strategy": "no"}
+    losses = {}
+    for kind in ("none", "kl_div", "m3_kd_loss"):
+        trainer = make(still, path, tmp_path / kind, teacher_loss=kind, **shared)
+        trainer.train()
+        losses[kind] = curve(trainer)[0]
+    plain = make(still, data, tmp_path / "plain", **shared)
+    plain.train()
+    assert losses["none"] == curve(plain)[0]
+    assert len(set(losses.values())) == 3, losses
+
+
+def test_mixed_precision_is_close_to_float32(still: Path, data: Path, tmp_path: Path) -> None:
+    losses = []
+    for bf16 in (False, True):
+        trainer = make(still, data, tmp_path / str(bf16), bf16=bf16, max_steps=2, save_strategy="no")
+        trainer.train()
+        losses.append(curve(trainer))
+    # bfloat16 rounds each product to 2^-8; two layers and scores / 0.1.
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("heads", ["dense", "lexical"]),
+        ("heads", []),
+        ("temperature", 0.0),
+        ("hybrid_weights", [1.0, 1.0]),
+        ("loss_weights", [1.0, -1.0, 1.0]),
+        ("teacher_loss", "mse"),
+        ("group_size", 0),
+        ("sub_batch_tokens", 0),
+        ("unified_after_steps", -1),
+        ("head_learning_rate", 0.0),
+        ("label_smoothing_factor", 0.1),
+        ("length_buckets", "2000"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name.replace("_weights", "_weights are")):
+        M3TrainingArguments(**{"output_dir": str(tmp_path), "use_cpu": True, name: value})
+
+
+def test_batches_by_length_and_negatives_that_are_missing(folder: Path, data: Path, tmp_path: Path) -> None:
+    trainer = make(folder, data, tmp_path, length_buckets='{"20": 4, "60": 2}')
+    sizes = {len(batch["query_offsets"]) - 1 for batch in trainer.get_train_dataloader()}
+    assert sizes <= {1, 2, 4} and 2 in sizes
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text('{"query": "a", "pos": ["b"]}\n{"query": "c", "pos": ["d"]}\n')
+    with pytest.raises(ValueError, match=r"alone\.jsonl:1: the row has no negatives"):
+        make(folder, alone, tmp_path)
+    assert last_checkpoint(tmp_path / "nothing") is None
+    make(folder, alone, tmp_path, group_size=1, max_steps=1, save_strategy="no").train()
