@@ -16,6 +16,7 @@ from torch import Tensor
 
 from m3kernels import packing
 from m3kernels.attention import flash_attention, flash_attention_varlen
+from m3kernels.linear import embed_tokens, layer_norm, linear, pack_linear
 from m3kernels.maxsim import maxsim, maxsim_pairs
 from m3kernels.maxsim.quantized import quantize_rows
 from m3kernels.sparse import SparseBatch, sparse_embed, sparse_pool, sparse_scores
@@ -27,6 +28,9 @@ VOCABULARY = 23
 WIDTH = 64
 SEVEN_BITS = 1 / 63
 """A step of the 7-bit query rows that quantized rows meet on a CPU, relative to their largest element."""
+
+TWELVE_BITS = 1 / 2047
+"""The same of the 12-bit activations that int8 layers meet on a CPU."""
 
 
 class Check(NamedTuple):
@@ -87,6 +91,11 @@ def _cases(device: torch.device) -> list[_Case]:
     padded = [normal(len(lengths), 2, longest, 32) for _ in range(3)]
     rows = [normal(total, WIDTH) / WIDTH**0.5 for _ in range(2)]
     codes = quantize_rows(rows[1], 8)
+    terms = WIDTH + total
+    layer = [normal(total, WIDTH), normal(WIDTH), normal(total, WIDTH)]
+    weight = normal(WIDTH, WIDTH) / WIDTH**0.5
+    packed, coded = pack_linear(weight), pack_linear(weight, torch.int8)
+    tables = [normal(VOCABULARY, WIDTH), normal(longest, WIDTH), *(normal(WIDTH) for _ in range(3))]
     return [
         _Case("pack", lambda x: packing.pack(x, offsets, total), [normal(len(LENGTHS), longest, 3)], 0,
               lambda x: packing._pack_reference(x, offsets, total)),
@@ -100,6 +109,12 @@ def _cases(device: torch.device) -> list[_Case]:
               lambda q: maxsim(q.detach(), codes.dequantize(), offsets, reverse), SEVEN_BITS),
         _Case("maxsim_pairs_quantized", lambda q: maxsim_pairs(q, codes, offsets, reverse, pairs), rows[:1], 1,
               lambda q: maxsim_pairs(q.detach(), codes.dequantize(), offsets, reverse, pairs), SEVEN_BITS),
+        _Case("linear", lambda x, b, r, w: linear(x, w, b, activation="gelu", residual=r), [*layer, weight], terms),
+        _Case("linear_packed", lambda x, b, r: linear(x, packed, b, activation="gelu", residual=r), layer, terms),
+        _Case("linear_packed_int8", lambda x: linear(x.detach(), coded), layer[:1], 1,
+              lambda x: linear(x.detach(), coded.unpack()), TWELVE_BITS),
+        _Case("layer_norm", lambda x, w, b, r: layer_norm(x, w, b, r), [layer[0], *tables[2:4], layer[2]], terms),
+        _Case("embed_tokens", lambda w, p, t, f, b: embed_tokens(ids, offsets, w, p, t, f, b), tables, WIDTH),
         _Case("sparse_pool", lambda w: pooled(sparse_pool(w.relu(), ids, offsets, (0, 1))), [normal(total)], 1),
         _Case(
             "sparse_embed",

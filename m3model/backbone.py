@@ -8,6 +8,11 @@
 (Devlin et al. 2019, arXiv 1810.04805; Conneau et al. 2020, arXiv 1911.02116.) Parameters carry Hugging Face's names;
 the one exception, the fused query/key/value weight, is split into theirs whenever a state dict leaves the module and
 put together when one enters, so a state dict of this module is one of XLMRobertaModel / BertModel without the pooler.
+
+Without gradients, bias, GELU and residual are part of the products (m3kernels.linear). Those kernels read the
+parameters as they are and keep no copy, so weights may change at any time, and no layer keeps memory of its own: the
+most that is held at a time is x, the 4·E numbers a row of the first FFN product, and the weights of one product in the
+kernels' layout.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from m3kernels import flash_attention_varlen
+from m3kernels import embed_tokens, flash_attention_varlen, layer_norm, linear
 from m3kernels.packing import sequence_of_row
 from m3model.config import M3Config
 
@@ -91,6 +96,18 @@ class _Embeddings(nn.Module):
         self.dropout = config.hidden_dropout_prob
 
     def forward(self, token_ids: Tensor, offsets: Tensor) -> Tensor:
+        if _fused(self):
+            return embed_tokens(
+                token_ids,
+                offsets,
+                self.word_embeddings.weight,
+                self.position_embeddings.weight,
+                self.token_type_embeddings.weight[0],
+                self.LayerNorm.weight,
+                self.LayerNorm.bias,
+                first_position=self.first_position,
+                eps=self.LayerNorm.eps,
+            )
         total = token_ids.shape[0]
         sequence = sequence_of_row(offsets, total)
         index = torch.arange(total, device=offsets.device) - offsets.long()[sequence]
@@ -114,7 +131,7 @@ class _Layer(nn.Module):
 
     def forward(self, hidden: Tensor, offsets: Tensor, max_length: int | None, seed: int) -> Tensor:
         hidden = self.attention(hidden, offsets, max_length, seed)
-        out: Tensor = self.output(F.gelu(self.intermediate.dense(hidden)), hidden)
+        out: Tensor = self.output(self.intermediate(hidden), hidden)
         return out
 
 
@@ -142,7 +159,8 @@ class _SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, offsets: Tensor, max_length: int | None, seed: int) -> Tensor:
         rows, width = hidden.shape
-        q, k, v = self.qkv(hidden).view(rows, 3, self.heads, width // self.heads).unbind(1)
+        qkv = linear(hidden, self.qkv.weight, self.qkv.bias) if _fused(self) else self.qkv(hidden)
+        q, k, v = qkv.view(rows, 3, self.heads, width // self.heads).unbind(1)
         dropout = self.dropout if self.training else 0.0
         return flash_attention_varlen(q, k, v, offsets, max_length, dropout_p=dropout, seed=seed).reshape(rows, width)
 
@@ -162,9 +180,16 @@ def _join_projections(module: nn.Module, state: dict[str, Any], prefix: str, *_r
 
 
 class _Dense(nn.Module):
+    """gelu(linear(x))."""
+
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _fused(self):
+            return linear(x, self.dense.weight, self.dense.bias, activation="gelu")
+        return F.gelu(self.dense(x))
 
 
 class _Residual(nn.Module):
@@ -177,5 +202,14 @@ class _Residual(nn.Module):
         self.dropout = config.hidden_dropout_prob
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        out: Tensor = self.LayerNorm(F.dropout(self.dense(x), self.dropout, self.training) + residual)
+        norm = self.LayerNorm
+        if _fused(self):
+            summed = linear(x, self.dense.weight, self.dense.bias, residual=residual)
+            return layer_norm(summed, norm.weight, norm.bias, eps=norm.eps)
+        out: Tensor = norm(F.dropout(self.dense(x), self.dropout, self.training) + residual)
         return out
+
+
+def _fused(module: nn.Module) -> bool:
+    """Whether nothing needs the values between the parts of a layer: no gradients, and no dropout."""
+    return not module.training and not torch.is_grad_enabled()

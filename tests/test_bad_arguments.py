@@ -83,6 +83,33 @@ BAD: list[tuple[str, type[Exception], str, Callable[[], object]]] = [
         lambda: m3.sparse_embed(ROWS, WEIGHTS.new_ones(15), WEIGHTS[:1], IDS, OFFSETS),
     ),
     ("bias", ValueError, "bias has 2", lambda: m3.sparse_embed(ROWS, WEIGHTS.new_ones(16), WEIGHTS[:2], IDS, OFFSETS)),
+    ("inputs", ValueError, "weight has 15 inputs", lambda: m3.linear(ROWS, torch.zeros(3, 15))),
+    ("layer dtype", TypeError, "weight has dtype", lambda: m3.linear(ROWS, torch.zeros(3, 16).bfloat16())),
+    ("layer bias", ValueError, "bias has 2 entries", lambda: m3.linear(ROWS, ROWS, ROWS[0, :2])),
+    ("residual", ValueError, r"expected \(5, 5\)", lambda: m3.linear(ROWS, ROWS, residual=ROWS)),
+    ("activation", ValueError, "activation is 'relu'", lambda: m3.linear(ROWS, ROWS, activation="relu")),  # type: ignore[arg-type]
+    ("storage", ValueError, "accepted: float32, bfloat16", lambda: m3.pack_linear(ROWS, torch.int16)),
+    ("int8 depth", ValueError, "at most 8192", lambda: m3.pack_linear(torch.zeros(1, 8193), torch.int8)),
+    (
+        "panels",
+        ValueError,
+        r"weight\.panels has shape",
+        lambda: m3.linear(ROWS, m3.pack_linear(ROWS)._replace(columns=40)),
+    ),
+    ("norm", ValueError, "weight has 3 entries", lambda: m3.layer_norm(ROWS, ROWS[0, :3], ROWS[0])),
+    ("eps", ValueError, "eps is 0", lambda: m3.layer_norm(ROWS, ROWS[0], ROWS[0], eps=0.0)),
+    (
+        "table",
+        ValueError,
+        "token_ids run from 0 to 4, but words has 3",
+        lambda: m3.embed_tokens(IDS, OFFSETS, ROWS[:3], ROWS, *[ROWS[0]] * 3),
+    ),
+    (
+        "positions",
+        ValueError,
+        "sequence of 3 tokens, but positions has 2 rows",
+        lambda: m3.embed_tokens(IDS, OFFSETS, ROWS, ROWS, *[ROWS[0]] * 3, first_position=3),
+    ),
     ("batch", TypeError, "queries must be a SparseBatch", lambda: m3.sparse_scores(WEIGHTS, WEIGHTS)),  # type: ignore[arg-type]
     ("token id", ValueError, r"dicts\[0\] has the token id 'x'", lambda: m3.SparseBatch.from_dicts([{"x": 1.0}])),
 ]

@@ -33,6 +33,10 @@ def op_calls() -> dict[str, tuple[Callable[..., object], tuple[object, ...]]]:
     pairs = torch.tensor([[0, 3], [2, 0], [1, 1]], dtype=torch.int32)
     stored = m3kernels.quantize_rows(leaf(9, 16))
     quantized = (leaf(9, 16).detach(), stored.codes, stored.scales, OFFSETS, OFFSETS)
+    packed = m3kernels.pack_linear(leaf(20, 16), torch.float32)
+    coded = m3kernels.pack_linear(leaf(20, 16), torch.int8)
+    layer = (leaf(20), True, leaf(9, 20))
+    tables = (leaf(11, 16).detach(), leaf(7, 16).detach(), leaf(16).detach(), leaf(16).detach(), leaf(16).detach())
     ops = torch.ops.m3
     return {
         "attention": (ops.flash_attention_forward, attention),
@@ -45,6 +49,12 @@ def op_calls() -> dict[str, tuple[Callable[..., object], tuple[object, ...]]]:
         "sparse_pool": (ops.sparse_pool, (leaf(9).detach().abs().requires_grad_(), TOKEN_IDS, OFFSETS, [0])),
         "sparse_embed": (ops.sparse_embed, (leaf(9, 16), leaf(16), leaf(1), TOKEN_IDS, OFFSETS, [0])),
         "sparse_scores": (ops.sparse_scores, (*sparse_entries(), *sparse_entries())),
+        "linear": (ops.linear, (leaf(40, 16), leaf(20, 16), leaf(20), True, leaf(40, 20))),
+        "linear_without_bias": (ops.linear, (leaf(9, 16), leaf(20, 16), None, False, None)),
+        "linear_packed": (ops.linear_packed, (leaf(9, 16), packed.panels, None, 20, *layer)),
+        "linear_packed_int8": (ops.linear_packed, (leaf(9, 16), coded.panels, coded.scales, 20, *layer)),
+        "layer_norm": (ops.layer_norm, (leaf(9, 16), leaf(16), leaf(16), leaf(9, 16), 1e-5)),
+        "embed_tokens": (ops.embed_tokens, (TOKEN_IDS, OFFSETS, *tables, 2, 1e-5)),
         "pack": (ops.pack, (leaf(4, 5, 3), OFFSETS, 9)),
         "unpack": (ops.unpack, (leaf(9, 3), OFFSETS, 5)),
     }
@@ -63,8 +73,11 @@ def every_op(q: Tensor, rows: Tensor, hidden: Tensor, weight: Tensor, bias: Tens
     batch = m3kernels.sparse_embed(hidden, weight, bias, TOKEN_IDS, OFFSETS, (0,))
     pooled = m3kernels.sparse_pool(torch.relu(hidden[:, 0]), TOKEN_IDS, OFFSETS)
     lexical = m3kernels.sparse_scores(batch, pooled)
+    dense = m3kernels.linear(rows, rows, activation="gelu", residual=rows @ rows.T)
+    packed = m3kernels.linear(dense, m3kernels.pack_linear(torch.ones(8, 9)))
+    normal = m3kernels.layer_norm(packed, weight, weight)
     padded = m3kernels.unpack(rows, OFFSETS, 5)
-    return attended, scores, pairs, lexical, m3kernels.pack(padded, OFFSETS, 9)
+    return attended, scores, pairs, lexical, normal, m3kernels.pack(padded, OFFSETS, 9)
 
 
 def test_a_function_of_all_ops_compiles_into_one_graph_and_agrees() -> None:

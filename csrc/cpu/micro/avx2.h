@@ -83,4 +83,29 @@ inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, factors), _mm256_set1_epi16(1)));
 }
 
+// 2 · kLanes bytes as 16-bit numbers; 4 of them, 8 bytes, in every 64 bits.
+inline Ints load_widened(const int8_t* from) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline Ints splat_group(const int16_t* from) {
+  return _mm256_castpd_si256(_mm256_broadcast_sd(reinterpret_cast<const double*>(from)));
+}
+// low += a · group, high += b · group: products of 16-bit numbers, neighbouring ones summed. Written out, because a tile of
+// 12 sums leaves 4 registers, and the compiler, which would make groups early, moves sums to memory for them.
+inline void add_group_products(Ints& low, Ints& high, Ints a, Ints b, Ints group) {
+  Ints low_sum = low, high_sum = high, product;
+  asm("vpmaddwd %[group], %[a], %[product]\n\t"
+      "vpmaddwd %[group], %[b], %[group]\n\t"
+      "vpaddd %[product], %[low], %[low]\n\t"
+      "vpaddd %[group], %[high], %[high]"
+      : [low] "+x"(low_sum), [high] "+x"(high_sum), [group] "+x"(group), [product] "=&x"(product)
+      : [a] "x"(a), [b] "x"(b));
+  low = low_sum;
+  high = high_sum;
+}
+// Sums of neighbouring lanes, those of `low` first.
+inline Ints pair_sums(Ints low, Ints high) {
+  return _mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0b11011000);
+}
+
 }  // namespace m3::avx2

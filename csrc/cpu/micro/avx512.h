@@ -87,4 +87,28 @@ inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {
 #endif
 }
 
+// 2 · kLanes bytes as 16-bit numbers; 4 of them, 8 bytes, in every 64 bits.
+inline Ints load_widened(const int8_t* from) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Ints splat_group(const int16_t* from) {
+  return _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+// low += a · group, high += b · group: products of 16-bit numbers, neighbouring ones summed.
+inline void add_group_products(Ints& low, Ints& high, Ints a, Ints b, Ints group) {
+#ifdef M3_VNNI
+  low = _mm512_dpwssd_epi32(low, a, group);
+  high = _mm512_dpwssd_epi32(high, b, group);
+#else
+  low = _mm512_add_epi32(low, _mm512_madd_epi16(a, group));
+  high = _mm512_add_epi32(high, _mm512_madd_epi16(b, group));
+#endif
+}
+// Sums of neighbouring lanes, those of `low` first.
+inline Ints pair_sums(Ints low, Ints high) {
+  const Ints even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Ints odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return _mm512_add_epi32(_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high));
+}
+
 }  // namespace m3::M3_ISA

@@ -89,4 +89,28 @@ inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {
   return acc;
 }
 
+// 2 · kLanes bytes as 16-bit numbers; 4 of them, 8 bytes, in every 64 bits.
+inline Ints load_widened(const int8_t* from) {
+  int16_t wide[8];
+  for (int i = 0; i < 8; ++i) wide[i] = from[i];
+  Ints x;
+  std::memcpy(&x, wide, sizeof x);
+  return x;
+}
+inline Ints splat_group(const int16_t* from) {
+  int32_t halves[2];
+  std::memcpy(halves, from, sizeof halves);
+  return Ints{halves[0], halves[1], halves[0], halves[1]};
+}
+// low += a · group, high += b · group: products of 16-bit numbers, neighbouring ones summed.
+inline void add_group_products(Ints& low, Ints& high, Ints a, Ints b, Ints group) {
+  const Ints even = (group << 16) >> 16, odd = group >> 16;
+  low += ((a << 16) >> 16) * even + (a >> 16) * odd;
+  high += ((b << 16) >> 16) * even + (b >> 16) * odd;
+}
+// Sums of neighbouring lanes, those of `low` first.
+inline Ints pair_sums(Ints low, Ints high) {
+  return Ints{low[0] + low[1], low[2] + low[3], high[0] + high[1], high[2] + high[3]};
+}
+
 }  // namespace m3::portable
