@@ -36,9 +36,7 @@ def offsets_from_lengths(lengths: Tensor, *, limit: int | None = None) -> Tensor
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or (limit is not None and high > limit):
             raise ValueError(f"lengths run from {low} to {high}; accepted: 0 to {'any' if limit is None else limit}")
-    offsets = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)
-    offsets[1:] = torch.cumsum(lengths, 0)
-    return offsets
+    return torch.nn.functional.pad(torch.cumsum(lengths, 0, dtype=torch.int32), (1, 0))
 
 
 def sequence_of_row(offsets: Tensor, total_rows: int) -> Tensor:

@@ -124,6 +124,18 @@ def test_no_sequences_and_no_rows() -> None:
         assert all(grad.shape == q.shape for grad in grads)
 
 
+def test_rows_past_the_last_offset_are_neither_read_nor_waited_for() -> None:
+    """flash_attention packs for a GPU into as many rows as there can be, not knowing how many there are."""
+    (q, k, v, grad_out), offsets = packed((40, 0, 33), 2, 32, torch.float32, seed=5)
+    options, tiles = Options(1.0, None, 0.0, 0, False), one_tile(32, 32)
+    results = []
+    for more in (0, 50):
+        rows = [torch.cat([x, torch.full((more, 2, 32), torch.nan)]) for x in (grad_out, q, k, v)]
+        out, log_sum_exp = forward(*rows[1:], offsets, options, tiles)
+        results.append([x[:73] for x in (out, *backward(*rows, out, log_sum_exp, offsets, options, tiles))])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
 def test_a_row_that_attends_to_nothing_gives_zero_and_no_gradient() -> None:
     (q, k, v, grad_out), offsets = packed((1, 1), 1, 32, torch.float32, seed=3)
     options = Options(1.0, 0.5, 0.0, 1, False)
