@@ -19,7 +19,7 @@ def test_attention(benchmark: Any, case: Case, peer: str) -> None:
     if not case.available:
         pytest.skip("no ../shared/data and no M3_DATA: real lengths are not measured")
     if peer not in peers_of(case):
-        pytest.skip("without a mask it serves equal lengths only")
+        pytest.skip("unmasked attention serves equal lengths only; options are measured at one batch")
     call = call_of(peer, case)
     benchmark.extra_info["gflop"] = case.flops / 1e9
     benchmark.pedantic(call, rounds=3, warmup_rounds=1)

@@ -5,6 +5,8 @@
     sdpa          without a mask, where all sequences are equally long
     nested        scaled_dot_product_attention over jagged nested tensors
 
+and ours with its options, at one batch.
+
 Each peer gets its inputs in the layout that its model would hold them in: heads beside each other in a row (a view of
 [T, H·D] or [N, L, H·D]), padded beforehand where it needs padding.
 """
@@ -40,9 +42,12 @@ def _padded(case: Case, rows: list[Tensor]) -> list[Tensor]:
     return [torch.nn.utils.rnn.pad_sequence(list(x.split(list(case.lengths))), batch_first=True) for x in rows]
 
 
-def _ours(case: Case) -> Attend:
-    offsets, longest = _offsets(case), max(case.lengths)
-    return lambda leaves: flash_attention_varlen(*leaves, offsets, longest)
+def _ours(**options: float) -> Callable[[Case], Attend]:
+    def prepare(case: Case) -> Attend:
+        offsets, longest = _offsets(case), max(case.lengths)
+        return lambda leaves: flash_attention_varlen(*leaves, offsets, longest, **options)
+
+    return prepare
 
 
 def _sdpa_padded(case: Case) -> Attend:
@@ -82,17 +87,24 @@ def _nested(case: Case) -> Attend:
 
 OURS = "m3kernels"
 PEERS: dict[str, tuple[Callable[[Case, list[Tensor]], list[Tensor]], Callable[[Case], Attend]]] = {
-    OURS: (_packed, _ours),
+    OURS: (_packed, _ours()),
     "sdpa padded": (_padded, _sdpa_padded),
     "sdpa loop": (_packed, _sdpa_loop),
     "sdpa": (_padded, _sdpa),
     "nested": (_packed, _nested),
+    "m3kernels, dropout 0.1": (_packed, _ours(dropout_p=0.1)),
+    "m3kernels, sampled 0.5": (_packed, _ours(keep_probability=0.5)),
 }
+OPTIONS_AT = "8 x 2048"
+"""The batch at which the cost of our options is measured."""
 
 
 def peers_of(case: Case) -> list[str]:
     """`sdpa` without a mask attends to padding, so it serves equal lengths only."""
-    return [peer for peer in PEERS if peer != "sdpa" or len(set(case.lengths)) == 1]
+    left_out = {peer for peer in PEERS if peer.startswith(f"{OURS},") and case.batch != OPTIONS_AT}
+    if len(set(case.lengths)) > 1:
+        left_out.add("sdpa")
+    return [peer for peer in PEERS if peer not in left_out]
 
 
 def call_of(peer: str, case: Case) -> Callable[[], object]:
