@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "device.h"
@@ -41,6 +42,33 @@ struct alignas(sizeof(T) * kCount) Vector {
 template <class T, int kCount>
 __device__ Vector<T, kCount> load(const T* from) {
   return *reinterpret_cast<const Vector<T, kCount>*>(from);
+}
+
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+
+// One store of the whole vector.
+template <class T, int kCount>
+__device__ void store(T* to, const Vector<T, kCount>& values) {
+  typename WordOf<sizeof(values)>::type word;
+  memcpy(&word, &values, sizeof(word));
+  store_word(reinterpret_cast<decltype(word)*>(to), word);
 }
 
 __device__ inline float warp_sum(float value) {

@@ -100,14 +100,14 @@ __global__ void __launch_bounds__(kColumnBlock) embed_gradient_kernel(
       }
       grad_sum += g;
     }
-    *reinterpret_cast<Vector<T, kCount>*>(grad_hidden + row * width + column) = grad;
+    store(grad_hidden + row * width + column, grad);
   }
   float* out = partial + blockIdx.x * part_stride(width);
   constexpr int kStored = kCount < 4 ? kCount : 4;
   for (int i = 0; i < kCount; i += kStored) {
     Vector<float, kStored> sums;
     for (int j = 0; j < kStored; ++j) sums.value[j] = sum[i + j];
-    *reinterpret_cast<Vector<float, kStored>*>(out + column + i) = sums;
+    store(out + column + i, sums);
   }
   if (column == 0) out[width] = grad_sum;
 }

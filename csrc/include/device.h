@@ -26,6 +26,12 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace m3 {
+// Up to 16 bytes by one instruction; nvcc takes an assignment apart into the members' stores.
+template <class Word>
+__device__ inline void store_word(Word* to, Word word) {
+  __stwb(to, word);
+}
+
 using DeviceGuard = torch::stable::accelerator::DeviceGuard;
 
 inline cudaStream_t current_stream(int32_t device) {
@@ -47,6 +53,11 @@ inline void check_launch(const char* op) {
 #define M3_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(m3_simt, CPU, m)
 
 namespace m3 {
+template <class Word>
+inline void store_word(Word* to, Word word) {
+  *to = word;
+}
+
 struct DeviceGuard {
   explicit DeviceGuard(int32_t) {}
 };

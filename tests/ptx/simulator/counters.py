@@ -47,7 +47,7 @@ class Counters:
 
     def global_access(self, stores: bool, addresses: Lanes, size: int, warps: Lanes) -> None:
         """One access of `size` bytes (at most a sector) at each address, by lanes of the given warps."""
-        sectors = np.unique((warps.astype(np.int64) << 48) ^ (addresses // SECTOR)).size
+        sectors = _starts(np.sort((warps.astype(np.int64) << 48) ^ (addresses // SECTOR))).size
         if stores:
             self.global_store_bytes += addresses.size * size
             self.global_store_sectors += sectors
@@ -59,12 +59,21 @@ class Counters:
         """One access of `size` bytes at each address; `phases` numbers the groups served together."""
         words = max(size // 4, 1)
         places = (addresses // 4)[:, None] + np.arange(words)
-        wanted = np.unique((phases.astype(np.int64)[:, None] << 24) | places)
-        banks, conflicts = np.unique((wanted >> 24 << 5) | (wanted & (BANKS - 1)), return_counts=True)
-        phase = banks >> 5
-        starts = np.flatnonzero(np.r_[True, phase[1:] != phase[:-1]])
-        self.shared_phases += starts.size
-        self.shared_wavefronts += int(np.maximum.reduceat(conflicts, starts).sum())
+        wanted = np.sort(((phases.astype(np.int64)[:, None] << 24) | places).reshape(-1))
+        wanted = wanted[_starts(wanted)]
+        banks = np.sort((wanted >> 24 << 5) | (wanted & (BANKS - 1)))
+        first_of_bank = _starts(banks)
+        conflicts = np.diff(first_of_bank, append=banks.size)
+        first_of_phase = _starts(banks[first_of_bank] >> 5)
+        self.shared_phases += first_of_phase.size
+        self.shared_wavefronts += int(np.maximum.reduceat(conflicts, first_of_phase).sum())
+
+
+def _starts(ordered: Lanes) -> Lanes:
+    """Where runs of equal numbers begin."""
+    begins = np.ones(ordered.size, bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    return np.flatnonzero(begins)
 
 
 def phase_numbers(lanes: Lanes, size: int) -> Lanes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ _SIGNED: dict[int, np.dtype[Any]] = {bits: np.dtype(f"i{bits // 8}") for bits in
 _FLOAT: dict[int, np.dtype[Any]] = {bits: np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)}
 
 
+@functools.cache
 def bits_of(ptx_type: str) -> int:
     """Width of "b32", "f16x2", "bf16", ...; predicates have none (0)."""
     if ptx_type == "pred":
@@ -24,6 +26,7 @@ def bits_of(ptx_type: str) -> int:
     return int("".join(c for c in ptx_type if c.isdigit()) or 0)
 
 
+@functools.cache
 def numpy_type(ptx_type: str) -> np.dtype[Any]:
     """The numpy type that an instruction of this type computes in; bfloat16 stays a 16-bit word.
 
