@@ -7,12 +7,15 @@ How an epoch is made (per task, and per pass where a source's weight asks for se
 
     rows of a length range, shuffled, in pools of 32 global batches      shuffled anew in every epoch
     each pool sorted by length, cut into global batches of world_size · batch_size rows
+    rows that share a query or a positive stand side by side then, and the positive of one would be a negative of the
+    other: they change places with rows of the nearest batches of the pool
     what is left of a range goes to the next longer one, whose batch size is the smaller (arXiv 2402.03216, table 9)
     rank r takes rows r, r + world_size, ... of a global batch; global batches come in random order
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -102,7 +105,7 @@ class LengthGroupedBatchSampler(BatchSampler):
             raise ValueError(f"lengths has shape {lengths.shape}; accepted: ({len(dataset)},), one for each row")
         super().__init__(SequentialSampler(dataset), batch_size, drop_last)
         self.world_size, self.rank, self.seed = world_size, rank, seed
-        self._lengths = lengths
+        self._lengths, self._answer_groups = lengths, dataset.answer_groups
         self._tasks = _tasks(dataset, lengths, batch_size, _buckets(length_buckets))
         self.set_epoch(epoch)
         self._count = sum(1 for _ in self._global_batches(np.random.default_rng(seed)))
@@ -144,16 +147,25 @@ class LengthGroupedBatchSampler(BatchSampler):
         for rows, batch_size in zip(ranges, batch_sizes):
             size = batch_size * self.world_size
             rows = random.permutation(np.concatenate([rest, rows]))
-            pools = [rows[begin : begin + _POOL_BATCHES * size] for begin in range(0, len(rows), _POOL_BATCHES * size)]
-            ordered = np.concatenate([pool[np.argsort(self._lengths[pool], kind="stable")] for pool in pools] or [rest])
+            pools = [
+                self._pool(rows[begin : begin + _POOL_BATCHES * size], size)
+                for begin in range(0, len(rows), _POOL_BATCHES * size)
+            ]
+            ordered = np.concatenate(pools or [rest])
             full = len(ordered) // size * size
             yield from ordered[:full].reshape(-1, size)
             rest = ordered[full:]
         if len(rest) and not self.drop_last:
             yield rest
 
+    def _pool(self, rows: Numbers, size: int) -> Numbers:
+        """Rows sorted by length, and as far as may be no two of one answer group among the same `size`."""
+        rows = rows[np.argsort(self._lengths[rows], kind="stable")]
+        _separate(rows, self._answer_groups[rows], size)
+        return rows
+
     def _fill_up(self, batch: Numbers, ranges: Sequence[_Range]) -> Iterator[Numbers]:
-        """The batch with other rows of its task, the longest, so that every rank has as many."""
+        """The batch with other rows of its task, so that every rank has as many: the longest of other answer groups."""
         lacking = -len(batch) % self.world_size
         if not lacking:
             yield batch
@@ -165,7 +177,9 @@ class LengthGroupedBatchSampler(BatchSampler):
             yield batch[:whole]
             yield from self._fill_up(batch[whole:], ranges)
             return
-        others = others[np.argsort(self._lengths[others], kind="stable")][-lacking:]
+        others = others[np.argsort(self._lengths[others], kind="stable")]
+        answered = np.isin(self._answer_groups[others], self._answer_groups[batch])
+        others = np.concatenate([others[answered], others[~answered]])[-lacking:]
         batch = np.concatenate([batch, others])
         # A task of fewer rows than ranks: nothing else is left than to give a row to several of them.
         yield np.concatenate([batch, np.resize(batch, -len(batch) % self.world_size)])
@@ -310,6 +324,36 @@ class TrainingCollator:
             parts = [text[begin : begin + third] for begin in range(0, len(text), third)]
             text = " ".join(parts[place] for place in random.permutation(len(parts)))
         return positive, negatives, text
+
+
+def _separate(rows: Numbers, groups: NDArray[np.int32], size: int) -> None:
+    """Let rows change places, in place, so that no `size` consecutive ones hold a group twice.
+
+    A row that does not fit looks for one to change with in the nearest batches first. A group with more rows than there
+    are batches stays where it is: it meets itself anyhow.
+    """
+    _, number, count = np.unique(groups, return_inverse=True, return_counts=True)
+    bounds = [(begin, min(begin + size, len(rows))) for begin in range(0, len(rows), size)]
+    if len(bounds) < 2 or count.max() < 2:
+        return
+    kinds: list[int] = np.where(count[number] <= len(bounds), number, -1).tolist()
+    holds = [Counter(kinds[begin:end]) for begin, end in bounds]
+    for batch, (first, last) in enumerate(bounds):
+        nearest = sorted(range(len(bounds)), key=lambda other: abs(other - batch))[1:]
+        for place in range(first, last):
+            kind = kinds[place]
+            if kind < 0 or holds[batch][kind] < 2:
+                continue
+            for other in nearest:
+                if holds[other][kind]:
+                    continue
+                found = next((k for k in range(*bounds[other]) if kinds[k] >= 0 and not holds[batch][kinds[k]]), None)
+                if found is not None:
+                    holds[batch].update({kind: -1, kinds[found]: 1})
+                    holds[other].update({kind: 1, kinds[found]: -1})
+                    rows[[place, found]] = rows[[found, place]]
+                    kinds[place], kinds[found] = kinds[found], kind
+                    break
 
 
 def _where(index: int, row: TrainingRow) -> str:

@@ -4,7 +4,7 @@
      "pos_scores": [float, ...], "neg_scores": [float, ...],      of a teacher, raw; both or none
      "prompt": str, "type": str}                                  other keys are passed over
 
-Files end in .jsonl or .json, as they are or packed (.gz, .bz2, .xz, .zst). A TrainingDataset keeps about 28 bytes a row
+Files end in .jsonl or .json, as they are or packed (.gz, .bz2, .xz, .zst). A TrainingDataset keeps about 32 bytes a row
 in memory: where its line lies in the file, its length and its task. A packed file has no places to read from, so it is
 unpacked once into a folder of its own under the temporary directory (TMPDIR), and found there by the next run.
 """
@@ -31,6 +31,8 @@ from typing import IO, Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 __all__ = [
     "DataSource",
@@ -145,6 +147,8 @@ class TrainingDataset(torch.utils.data.Dataset[TrainingRow]):
         tasks: int32 [N]; rows of equal numbers may share a batch: one source, one type, groups of one size, and all of
             them with a teacher's scores or none.
         task_sources: the source of each task.
+        answer_groups: int32 [N]; rows of equal numbers share a query or a positive, perhaps by way of other rows. In
+            one batch the positive of one would be a negative of the other.
     """
 
     def __init__(self, sources: Sequence[DataSource]) -> None:
@@ -165,12 +169,15 @@ class TrainingDataset(torch.utils.data.Dataset[TrainingRow]):
         self._files = [_PlainFile(Path(source.path)) for source in sources]
         begins, sizes, lines = array("q"), array("I"), array("I")
         lengths, negatives, tasks = array("i"), array("i"), array("i")
+        shared, shared_rows = array("Q"), array("i")
         task_numbers: dict[tuple[int, str | None, int | None, bool], int] = {}
         ends: list[int] = []
         for number, file in enumerate(self._files):
             with file.path.open("rb") as stream:
                 for line in training_lines(stream, file.shown):
                     row = parse_training_row(line, file.shown, len(begins))
+                    shared.extend(_digests(row))
+                    shared_rows.extend([len(begins)] * (1 + len(row.positives)))
                     begins.append(line.begin)
                     sizes.append(len(line.content))
                     lines.append(line.number)
@@ -188,6 +195,7 @@ class TrainingDataset(torch.utils.data.Dataset[TrainingRow]):
         self.negative_counts: Lengths = np.array(negatives, dtype=np.int32)
         self.tasks: Lengths = np.array(tasks, dtype=np.int32)
         self.task_sources = tuple(task[0] for task in task_numbers)
+        self.answer_groups = _connected(np.array(shared), np.array(shared_rows), len(self))
 
     def __len__(self) -> int:
         return len(self._begins)
@@ -373,6 +381,22 @@ def _kind(value: Any) -> str:
     """What a JSON value is, short enough for a message."""
     names = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
     return names.get(type(value), repr(value))
+
+
+def _digests(row: TrainingRow) -> Iterator[int]:
+    """64 bits of the query and of each positive, the same on every rank; a query never equals a passage."""
+    for kind, text in ((b"query", row.query), *((b"pos", text) for text in row.positives)):
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, person=kind).digest()
+        yield int.from_bytes(digest, "little")
+
+
+def _connected(digests: NDArray[np.uint64], rows: NDArray[np.int32], count: int) -> Lengths:
+    """For each row the number of its component in the graph of rows and digests."""
+    texts = np.unique(digests, return_inverse=True)[1]
+    size = count + int(texts.max()) + 1
+    edges = coo_array((np.ones(len(rows), dtype=np.int8), (rows, count + texts)), shape=(size, size))
+    numbers: Lengths = connected_components(edges, directed=False)[1][:count].astype(np.int32)
+    return numbers
 
 
 class _PlainFile:

@@ -25,6 +25,7 @@ from m3model.training import (
     TrainingDataset,
     TrainingRow,
 )
+from m3model.training.batching import _separate
 
 
 def dataset_of(folder: Path, *lengths: list[int], types: list[str] | None = None, **source: Any) -> TrainingDataset:
@@ -104,6 +105,49 @@ def test_rows_of_a_batch_are_of_similar_length(tmp_path: Path) -> None:
     # A pool of 32 batches holds 256 of lengths spread evenly over 2000: 8 neighbours span about 8/256 of that.
     assert np.mean(spreads) < 2.5 * 2000 * 8 / 256
     assert len(spreads) == 375
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_rows_that_share_an_answer_are_kept_apart_where_that_is_possible(data: st.DataObject) -> None:
+    size, batches = data.draw(st.integers(2, 6)), data.draw(st.integers(2, 8))
+    # Groups of at most half as many rows as there are batches, and at most half of the rows in groups of several.
+    groups = data.draw(st.lists(st.integers(0, 9), min_size=size * batches, max_size=size * batches))
+    seen: Counter[int] = Counter()
+    for place, group in enumerate(groups):
+        seen[group] += 1
+        groups[place] = group if place % 2 and seen[group] <= batches // 2 else 100 + place
+    rows = np.arange(size * batches)
+    _separate(rows, np.array(groups, dtype=np.int32), size)
+    assert sorted(rows.tolist()) == list(range(size * batches))
+    for begin in range(0, len(rows), size):
+        inside = [groups[row] for row in rows[begin : begin + size]]
+        assert len(set(inside)) == len(inside)
+
+
+def test_questions_about_one_paragraph_come_in_different_batches(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    path = tmp_path / "rows.jsonl"
+    paragraphs = ["p" * int(random.integers(100, 400)) + str(number) for number in range(300)]
+    lines = [{"query": f"q{number}", "pos": [paragraphs[number % 300]]} for number in range(1200)]
+    lines += [{"query": "q5", "pos": [f"other {number}"]} for number in range(4)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dataset = TrainingDataset([DataSource(path)])
+    assert len(set(dataset.answer_groups.tolist())) == 300
+    assert len(set(dataset.answer_groups[[5, 305, 1200, 1203]].tolist())) == 1
+    for world_size in (1, 2):
+        for together in zip(*ranks(dataset, 16, world_size)):
+            groups = [int(dataset.answer_groups[row]) for own in together for row in own]
+            assert len(set(groups)) == len(groups)
+
+
+def test_rows_that_cannot_be_kept_apart_stay_in_batches_of_their_length(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [{"query": "q" * number, "pos": [f"class {number % 2}"]} for number in range(20, 60)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dataset = TrainingDataset([DataSource(path)])
+    batches = list(LengthGroupedBatchSampler(dataset, 4))
+    assert all(np.ptp(dataset.character_lengths[batch]) == 3 for batch in batches)
 
 
 def test_length_buckets_give_the_batch_sizes_of_the_paper(tmp_path: Path) -> None:
