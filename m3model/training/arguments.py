@@ -77,6 +77,9 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
         default=None, metadata=_help("Learning rate of the sparse and the multi-vector head.")
     )
     freeze_word_embeddings: bool = field(default=False, metadata=_help("Leave the word embeddings as they are."))
+    frozen_layers: int = field(
+        default=0, metadata=_help("Leave all embeddings and so many first layers as they are; they need no backward.")
+    )
     dead_sparse_steps: int = field(
         default=20, metadata=_help("Warn when so many steps in a row have no token weight above zero.")
     )
@@ -118,8 +121,9 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; accepted: at least 1")
-        if self.unified_after_steps < 0:
-            raise ValueError(f"unified_after_steps is {self.unified_after_steps}; accepted: at least 0")
+        for name in ("unified_after_steps", "frozen_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least 0")
         if self.temperature <= 0 or not math.isfinite(self.temperature):
             raise ValueError(f"temperature is {self.temperature}; accepted: finite numbers above 0")
         for name in ("hybrid_weights", "loss_weights"):

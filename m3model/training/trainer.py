@@ -83,7 +83,8 @@ class M3Trainer(Trainer):  # type: ignore[misc]
 
         Raises:
             TypeError: model or args are of other types.
-            ValueError: the model has no tokenizer; no room for texts; rows of the development set are missing.
+            ValueError: the model has no tokenizer; no room for texts; rows of the development set are missing; more
+                layers are to be frozen than there are.
             TrainingDataError: group_size asks for negatives that rows lack.
         """
         if not isinstance(model, M3Model):
@@ -105,10 +106,7 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             seed=args.data_seed if args.data_seed is not None else args.seed,
             shuffle_ratio=args.shuffle_ratio,
         )
-        # Parameters without a gradient would keep DistributedDataParallel waiting for it.
-        model.sparse_linear.requires_grad_("sparse" in args.heads)
-        model.colbert_linear.requires_grad_("multi_vector" in args.heads)
-        model.backbone.embeddings.word_embeddings.requires_grad_(not args.freeze_word_embeddings)
+        _freeze(model, args)
         # transformers writes into the configuration of its own models, and this one may not change.
         config, model.config = model.config, None  # type: ignore[assignment]
         try:
@@ -378,6 +376,21 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         return None
     found: str | None = get_last_checkpoint(os.fspath(output_dir))
     return found
+
+
+def _freeze(model: M3Model, args: M3TrainingArguments) -> None:
+    """Take the gradient from what is not trained; DistributedDataParallel would wait for it."""
+    layers = model.backbone.encoder.layer
+    if args.frozen_layers > len(layers):
+        raise ValueError(f"frozen_layers is {args.frozen_layers}; the backbone has {len(layers)} layers")
+    model.requires_grad_(True)
+    model.sparse_linear.requires_grad_("sparse" in args.heads)
+    model.colbert_linear.requires_grad_("multi_vector" in args.heads)
+    if args.freeze_word_embeddings:
+        model.backbone.embeddings.word_embeddings.requires_grad_(False)
+    if args.frozen_layers:
+        model.backbone.embeddings.requires_grad_(False)
+        layers[: args.frozen_layers].requires_grad_(False)
 
 
 def _publish(unfinished: Path, target: Path) -> None:

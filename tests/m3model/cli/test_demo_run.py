@@ -6,17 +6,25 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from checkpoints import write_folder
 from typer.testing import CliRunner, Result
 
 from m3model import M3Model
 from m3model.cli.app import app
-from m3model.demo import run
+from m3model.demo import fine_tuning, run
 from m3model.demo.docstrings import Pair
 from m3model.retrieval import ExactIndex
+from m3model.training import M3Trainer
 
+EXTRA = [
+    Pair(f"numpy.{a}_{b}_{n}", f"what is {a} {b} {n}", f"{b} {n} and {a} of the north " * 3)
+    for n in range(4)
+    for a, b in itertools.permutations(["open", "close", "list", "file", "query"], 2)
+]
 WORDS = ["river", "mountain", "city", "bridge", "matrix", "vector", "sort", "list"]
 PAIRS = [
     Pair(f"torch.{first}_{second}", f"where is the {first} {second}", f"the {second} of the {first} is north " * 3)
@@ -30,11 +38,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         return folder if folder.is_dir() else write_folder(folder)
 
     monkeypatch.setattr(run, "make_embedded_backbone", tiny)
-    monkeypatch.setattr(run, "collect", lambda: PAIRS)
+    monkeypatch.setattr(run, "collect", lambda: PAIRS + EXTRA)
+    monkeypatch.setattr(run, "choose", lambda pairs, *_rest: pairs[: len(PAIRS)])
+    monkeypatch.setitem(fine_tuning._RECIPE, "frozen_layers", 1)
 
 
 def demo(folder: Path) -> Result:
-    return CliRunner().invoke(app, ["--traceback", "demo", "--folder", str(folder)])
+    return CliRunner().invoke(app, ["--traceback", "demo", "--folder", str(folder), "--steps", "4"])
 
 
 @pytest.mark.usefixtures("small")
@@ -48,13 +58,21 @@ def test_the_demo_ends_with_figures_answers_and_commands_and_is_not_repeated(tmp
     assert [row["id"] for row in rows] == [pair.name for pair in PAIRS]
     assert len(ExactIndex.load(folder / "index")) == len(PAIRS)
     assert M3Model.from_pretrained(folder / "model").sparse_linear.weight.abs().sum() > 0
+    for word in ("before", "after", "train: 4 steps on 80 pairs", "step 4 of 4: loss"):
+        assert word in result.output
+    trained = [json.loads(line)["query"] for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert sorted(trained) == sorted(pair.summary for pair in EXTRA)
+    assert not (folder / "training").exists()
+    assert ExactIndex.load(folder / "index").metadata["model"] == str((folder / "trained").resolve())
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
     weights = (folder / "model" / "sparse_linear.pt").read_bytes()
+    stamp = (folder / "trained" / "config.json").stat().st_mtime_ns
     again = demo(folder)
     assert again.exit_code == 0 and f"{len(PAIRS)} of {len(PAIRS)} documents were there" in again.stderr
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
     assert weights == (folder / "model" / "sparse_linear.pt").read_bytes()
+    assert stamp == (folder / "trained" / "config.json").stat().st_mtime_ns and "step 4 of 4" not in again.output
 
 
 @pytest.mark.usefixtures("small")
@@ -76,6 +94,28 @@ def test_a_demo_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     result = demo(folder)
     assert result.exit_code == 0 and "16 of 28 documents were there" in result.stderr
     assert len(ExactIndex.load(folder / "index")) == 28
+
+
+@pytest.mark.usefixtures("small")
+def test_training_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "demo"
+    monkeypatch.setattr(fine_tuning, "_SAVE_STEPS", 2)
+    real = M3Trainer._save_checkpoint
+
+    def stop_after_saving(trainer: M3Trainer, model: Any, trial: Any) -> None:
+        real(trainer, model, trial)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(M3Trainer, "_save_checkpoint", stop_after_saving)
+        assert demo(folder).exit_code != 0
+    assert (folder / "training" / "checkpoint-2").is_dir() and not (folder / "trained").exists()
+    result = demo(folder)
+    assert result.exit_code == 0, result.output
+    whole = tmp_path / "whole"
+    assert demo(whole).exit_code == 0
+    ours, theirs = (M3Model.from_pretrained(place / "trained").state_dict() for place in (folder, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.usefixtures("small")

@@ -317,6 +317,21 @@ def test_heads_that_are_left_out_stay_as_they_are(folder: Path, data: Path, tmp_
     assert set(trainer.evaluate()) >= {"eval_ndcg@10_dense"} and "eval_ndcg@10_hybrid" not in trainer.evaluate()
 
 
+@pytest.mark.parametrize("split", [None, 40])
+def test_frozen_layers_stay_as_they_are(folder: Path, data: Path, tmp_path: Path, split: int | None) -> None:
+    trainer = make(folder, data, tmp_path, frozen_layers=1, max_steps=2, save_strategy="no", sub_batch_tokens=split)
+    before = weights(trainer.model)
+    trainer.train()
+    after = weights(trainer.model)
+    for name in before:
+        frozen = name.startswith(("backbone.embeddings", "backbone.encoder.layer.0."))
+        # The bias of the keys moves no score.
+        if not name.endswith("key.bias"):
+            assert torch.equal(before[name], after[name]) == frozen, name
+    with pytest.raises(ValueError, match="frozen_layers is 3; the backbone has 2"):
+        make(folder, data, tmp_path, frozen_layers=3)
+
+
 def test_the_heads_may_learn_faster(folder: Path, data: Path, tmp_path: Path) -> None:
     trainer = make(folder, data, tmp_path, head_learning_rate=0.5, weight_decay=0.1)
     groups = trainer.create_optimizer().param_groups
@@ -366,6 +381,7 @@ def test_mixed_precision_is_close_to_float32(still: Path, data: Path, tmp_path: 
         ("sub_batch_tokens", 0),
         ("unified_after_steps", -1),
         ("head_learning_rate", 0.0),
+        ("frozen_layers", -1),
         ("label_smoothing_factor", 0.1),
         ("length_buckets", "2000"),
     ],
