@@ -48,11 +48,11 @@ def timed(call: Callable[[], Any]) -> float:
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = 20.0) -> dict[str, float]:
     """Median seconds of each call, run in turn so that all see the same weather: one warm-up, then up to `rounds`.
 
-    A call whose own times add up to more than `seconds` runs no further rounds (at least one is timed).
+    A call whose own times add up to more than `seconds` runs no further rounds (at least one is timed). A warm-up of
+    more than three times that counts, and nothing follows.
     """
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    warm_ups = {name: timed(call) for name, call in calls.items()}
+    times = {name: [warm_up] if warm_up > 3 * seconds else [] for name, warm_up in warm_ups.items()}
     for _ in range(rounds):
         for name, call in calls.items():
             if sum(times[name]) < seconds:
