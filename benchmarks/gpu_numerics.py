@@ -94,7 +94,7 @@ def maxsim_errors(arithmetic: str, length: int, launches: AbstractContextManager
     generator = torch.Generator().manual_seed(length)
     queries, passages = (torch.randn(n, EMBEDDING, generator=generator).to(dtype) for n in (QUERY_ROWS, length))
     bounds = [torch.tensor([0, n], dtype=torch.int32) for n in (QUERY_ROWS, length)]
-    grad = torch.ones(1, 1)
+    grad = torch.full((1, 1), 0.3)
     tiles = _tiles.for_architecture("maxsim", 80)
     with launches:
         scores, argmax = triton_kernels.forward(queries, passages, *bounds, None, True, True, allow_tf32, tiles)
