@@ -64,8 +64,15 @@ def _without_machine_code(*stages: Any) -> Any:
 
 
 @contextmanager
-def simulated_triton(programs: Programs | None = None) -> Iterator[list[Launch]]:
-    """Simulate every Triton launch within; yields the list of launches, which grows."""
+def simulated_triton(
+    programs: Programs | None = None, change: Callable[[str], str] | None = None
+) -> Iterator[list[Launch]]:
+    """Simulate every Triton launch within; yields the list of launches, which grows.
+
+    Args:
+        programs: which blocks to run, default all.
+        change: alters the compiled PTX before it runs, to see whether that is noticed.
+    """
     launches: list[Launch] = []
     loaded: dict[str, Program] = {}
     original_run, original_driver = JITFunction.run, driver._active
@@ -75,7 +82,7 @@ def simulated_triton(programs: Programs | None = None) -> Iterator[list[Launch]]
         kernel = original_run(self, *arguments, grid=grid, warmup=True, **options)
         ptx = kernel.asm["ptx"]
         if ptx not in loaded:
-            (loaded[ptx],) = load(ptx).values()
+            (loaded[ptx],) = load(ptx if change is None else change(ptx)).values()
         named = dict(zip(self.arg_names, arguments)) | options
         values = [(ptx_type, named[name]) for name, ptx_type in kernel.src.signature.items() if ptx_type != "constexpr"]
         memory = GlobalMemory([extent(value) for _, value in values if isinstance(value, torch.Tensor)])
