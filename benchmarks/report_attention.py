@@ -133,8 +133,10 @@ def plot() -> None:
             size=7,
         )
         axes.invert_yaxis()
-        axes.margins(x=0.15)
-        axes.set_xlabel("time, as a multiple of ours", fontsize=8)
+        axes.set_xscale("log")
+        axes.set_xlim(0.5, 3 * max(axes.get_xlim()))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("time, as a multiple of ours (log)", fontsize=8)
     panels[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(RESULTS / "attention.png", dpi=120)
