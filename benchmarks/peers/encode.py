@@ -43,13 +43,6 @@ def ours_dense(folder: Path) -> Encode:
     return lambda texts: model.encode(texts, sparse=False, multi_vector=False).dense
 
 
-def ours_int8_dense(folder: Path) -> Encode:
-    from m3model import M3Model
-
-    model = M3Model.from_pretrained(folder, quantize="int8")
-    return lambda texts: model.encode(texts, sparse=False, multi_vector=False).dense
-
-
 def flag_embedding(folder: Path) -> Encode:
     from FlagEmbedding import BGEM3FlagModel
 
@@ -168,7 +161,9 @@ def export(folder: Path, attention: str = "eager") -> dict[str, Any]:
     fused.save_model_to_file(str(folder / "model.onnx"))
     untyped = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # of what comes out of fused nodes
     target = folder / "model.int8.onnx"
-    quantize_dynamic(folder / "model.onnx", target, per_channel=True, weight_type=QuantType.QInt8, extra_options=untyped)
+    quantize_dynamic(
+        folder / "model.onnx", target, per_channel=True, weight_type=QuantType.QInt8, extra_options=untyped
+    )
     plain.unlink()
     return counts
 
@@ -176,7 +171,6 @@ def export(folder: Path, attention: str = "eager") -> dict[str, Any]:
 PEERS: dict[str, Callable[[Path], Encode]] = {
     "m3model": ours,
     "m3model, dense only": ours_dense,
-    "m3model int8, dense only": ours_int8_dense,
     "FlagEmbedding": flag_embedding,
     "transformers sdpa": _transformers("sdpa"),
     "transformers eager": _transformers("eager"),

@@ -1,0 +1,209 @@
+"""Measures encoding against its peers, interleaved, and writes encode.csv, encode.png and encode_machine.json.
+
+    python -m benchmarks.report_encode prepare [layers]                 # model folders, ONNX files, lists of texts
+    python -m benchmarks.report_encode run SHAPE TEXTS TOKENS [layers] [peer+peer+...]
+    python -m benchmarks.report_encode long [layers]                    # one document of 8192 tokens
+    python -m benchmarks.report_encode plot
+
+SHAPE is bge-m3 or embedded, TEXTS queries, paragraphs, documents or mixed (benchmarks.encode_cases). Every peer is a
+process of its own (benchmarks.peers.encode) with two threads; all start first, then take turns, together with a
+measurement of the multiply-add peak, so that all see the same weather. Times are medians; "fraction of peak" divides
+the operations that the tokens need, padding not counted, by time and peak. Memory is the rise of the resident peak
+during the first encoding, on top of the loaded model. "cosine" is the smallest one with transformers' eager attention.
+
+Peers other than ours run in the interpreters M3_PEERS_PYTHON (transformers, sentence-transformers, onnxruntime, onnx)
+and M3_PARITY_PYTHON (FlagEmbedding).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import encode_cases
+from benchmarks.encode_cases import SHAPES, Shape
+from benchmarks.machine import describe
+from benchmarks.peak import peak_flops
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FIELDS = ["shape", "layers", "texts", "tokens", "peer", "outputs", "threads", "seconds", "rounds", "tokens_per_s"]
+FIELDS += ["times_ours", "fraction_of_peak", "peak_gflops", "memory_mb", "cosine"]
+ALL_OUTPUTS = ("m3model", "FlagEmbedding")
+BASE = "transformers eager"
+PEERS = ["m3model", "m3model, dense only", "FlagEmbedding", "transformers sdpa"]
+PEERS += [BASE, "sentence-transformers", "ONNX Runtime float32", "ONNX Runtime int8"]
+SECONDS = 150.0
+"""Time for one case, starts and first encodings included; at least one round is timed."""
+THREADS = 2
+
+
+def interpreter(peer: str) -> str:
+    if peer.startswith("m3model"):
+        return sys.executable
+    name = "M3_PARITY_PYTHON" if peer == "FlagEmbedding" else "M3_PEERS_PYTHON"
+    if name not in os.environ:
+        sys.exit(f"{name} must name a Python that has what {peer!r} needs")
+    return os.environ[name]
+
+
+class Peer:
+    """A peer's process."""
+
+    def __init__(self, name: str, folder: Path, texts: Path, out: Path) -> None:
+        command = [interpreter(name), "-m", "benchmarks.peers.encode", name, str(folder), str(texts), str(out)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        self.out = out
+        self.errors = out.with_suffix(".log")
+        with self.errors.open("w") as errors:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+            self.process = subprocess.Popen(command, text=True, cwd=ROOT, env=environment, **pipes)  # type: ignore[call-overload]
+
+    def ask(self, request: str) -> dict[str, float]:
+        self.process.stdin.write(json.dumps({request: True}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.process.args[3]} has ended: {self.errors.read_text()[-2000:]}")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(
+    shape_name: str, shape: Shape, folder: Path, kind: str, texts: list[str], names: list[str]
+) -> list[dict[str, Any]]:
+    """Rows of one case: each peer encodes once for memory and outputs, then in turns as long as SECONDS allow."""
+    lengths = encode_cases.lengths(texts, folder)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    first: dict[str, dict[str, float]] = {}
+    peaks = []
+    begin, longest = time.monotonic(), 0.0
+    with tempfile.TemporaryDirectory() as scratch:
+        listed = Path(scratch) / "texts.json"
+        listed.write_text(json.dumps(texts))
+        peers = {name: Peer(name, folder, listed, Path(scratch) / f"{n}.npy") for n, name in enumerate(names)}
+        for name, peer in peers.items():
+            first[name] = peer.ask("first")
+        while not peaks or time.monotonic() - begin + longest < SECONDS:
+            start = time.monotonic()
+            peaks.append(peak_flops(THREADS))
+            for name, peer in peers.items():
+                times[name].append(peer.ask("run")["seconds"])
+            longest = max(longest, time.monotonic() - start)
+        for peer in peers.values():
+            peer.end()
+        base = np.load(peers[BASE if BASE in peers else names[-1]].out)
+        cosine = {name: float((np.load(peer.out) * base).sum(1).min()) for name, peer in peers.items()}
+    peak = statistics.median(peaks)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    return [
+        {
+            "shape": shape_name,
+            "layers": shape.layers,
+            "texts": f"{kind} ({len(texts)})",
+            "tokens": sum(lengths),
+            "peer": name,
+            "outputs": "all three" if name in ALL_OUTPUTS else "dense",
+            "threads": THREADS,
+            "seconds": f"{seconds[name]:.4g}",
+            "rounds": len(times[name]),
+            "tokens_per_s": f"{sum(lengths) / seconds[name]:.5g}",
+            "times_ours": f"{seconds[name] / seconds[names[0]]:.3g}",
+            "fraction_of_peak": f"{shape.flops(lengths) / seconds[name] / peak:.3f}",
+            "peak_gflops": f"{peak / 1e9:.4g}",
+            "memory_mb": f"{first[name]['bytes'] / 1e6:.4g}",
+            "cosine": f"{cosine[name]:.7f}",
+        }
+        for name in names
+    ]
+
+
+def prepare(layers: int | None) -> None:
+    for name in SHAPES:
+        folder = encode_cases.model_folder(name, encode_cases.shape_of(name, layers if name == "bge-m3" else None))
+        if not (folder / "model.int8.onnx").exists():
+            command = [interpreter("ONNX Runtime"), "-m", "benchmarks.peers.encode", "export", str(folder), "-", "-"]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            done = subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True, text=True)
+            print(folder.name, "operators fused by onnxruntime:", done.stdout.strip())
+
+
+def store(rows: list[dict[str, Any]]) -> None:
+    """Put the rows in the place of those of the same case and peers, and print them."""
+    table = RESULTS / "encode.csv"
+    keys = ("shape", "layers", "texts", "tokens", "peer")
+    fresh = {tuple(str(row[key]) for key in keys) for row in rows}
+    kept = list(csv.DictReader(table.open())) if table.exists() else []
+    kept = [row for row in kept if tuple(row[key] for key in keys) not in fresh]
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(kept + rows)
+    torch.set_num_threads(THREADS)
+    (RESULTS / "encode_machine.json").write_text(json.dumps(describe(), indent=2) + "\n")
+    for row in rows:
+        print(*(row[name] for name in ("peer", "seconds", "rounds", *FIELDS[9:])), sep="\t")
+
+
+def plot() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with (RESULTS / "encode.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    cases = list(dict.fromkeys((row["shape"], row["layers"], row["texts"], row["tokens"]) for row in rows))
+    figure, axes = pyplot.subplots(len(cases), 1, figsize=(9, 0.34 * len(rows) + 0.9 * len(cases)), squeeze=False)
+    for axis, case in zip(axes[:, 0], cases):
+        part = [row for row in rows if (row["shape"], row["layers"], row["texts"], row["tokens"]) == case]
+        colors = ["tab:orange" if row["peer"].startswith("m3model") else "tab:gray" for row in part]
+        names = [f"{row['peer']}{', three outputs' if row['outputs'] == 'all three' else ''}" for row in part]
+        bars = axis.barh(names, [float(row["tokens_per_s"]) for row in part], color=colors)
+        notes = [f" {float(r['tokens_per_s']):.0f} ({100 * float(r['fraction_of_peak']):.0f} % of peak)" for r in part]
+        axis.bar_label(bars, notes, fontsize=7)
+        axis.invert_yaxis()
+        axis.margins(x=0.25)
+        axis.tick_params(labelsize=7)
+        axis.set_title(f"{case[0]}, {case[1]} layers, {case[2]} texts, {case[3]} tokens: tokens/s", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "encode.png", dpi=130)
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["prepare", *layers]:
+            prepare(int(layers[0]) if layers else None)
+        case ["run", ("bge-m3" | "embedded") as name, kind, tokens, *rest]:
+            shape = encode_cases.shape_of(name, int(rest[0]) if rest else None)
+            folder = encode_cases.model_folder(name, shape)
+            names = rest[1].split("+") if len(rest) > 1 else PEERS
+            store(measure(name, shape, folder, kind, encode_cases.texts(kind, int(tokens), folder), names))
+        case ["long", *rest]:
+            shape = encode_cases.shape_of("bge-m3", int(rest[0]) if rest else None)
+            folder = encode_cases.model_folder("bge-m3", shape)
+            texts = [encode_cases.long_document(encode_cases.MAX_LENGTH, folder)]
+            store(measure("bge-m3", shape, folder, "long", texts, ["m3model", "transformers sdpa"]))
+        case ["plot"]:
+            plot()
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
