@@ -35,10 +35,23 @@ from benchmarks import encode_cases
 from benchmarks.encode_cases import SHAPES, Shape
 from benchmarks.machine import describe
 from benchmarks.peak import peak_flops
+from benchmarks.peers.encode import BATCH, THREADS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FIELDS = ["shape", "layers", "texts", "tokens", "peer", "outputs", "threads", "seconds", "rounds", "tokens_per_s"]
+FIELDS = [
+    "shape",
+    "layers",
+    "texts",
+    "tokens",
+    "peer",
+    "outputs",
+    "batch",
+    "threads",
+    "seconds",
+    "rounds",
+    "tokens_per_s",
+]
 FIELDS += ["times_ours", "fraction_of_peak", "peak_gflops", "memory_mb", "cosine"]
 ALL_OUTPUTS = ("m3model", "FlagEmbedding")
 BASE = "transformers eager"
@@ -46,7 +59,6 @@ PEERS = ["m3model", "m3model, dense only", "FlagEmbedding", "transformers sdpa"]
 PEERS += [BASE, "sentence-transformers", "ONNX Runtime float32", "ONNX Runtime int8"]
 SECONDS = float(os.environ.get("M3_BENCH_SECONDS", "150"))
 """Time for one case, starts and first encodings included; at least one round is timed."""
-THREADS = 2
 
 
 def interpreter(peer: str) -> str:
@@ -119,6 +131,7 @@ def measure(
             "tokens": sum(lengths),
             "peer": name,
             "outputs": "all three" if name in ALL_OUTPUTS else "dense",
+            "batch": "packed" if name.startswith("m3model") else BATCH,
             "threads": THREADS,
             "seconds": f"{seconds[name]:.4g}",
             "rounds": len(times[name]),
@@ -157,7 +170,7 @@ def store(rows: list[dict[str, Any]]) -> None:
     torch.set_num_threads(THREADS)
     (RESULTS / "encode_machine.json").write_text(json.dumps(describe(), indent=2) + "\n")
     for row in rows:
-        print(*(row[name] for name in ("peer", "seconds", "rounds", *FIELDS[9:])), sep="\t")
+        print(*(row[name] for name in ("peer", "seconds", "rounds", *FIELDS[10:])), sep="\t")
 
 
 def plot() -> None:

@@ -4,7 +4,8 @@
 
 TEXTS is a JSON file with a list of texts; FOLDER the model. Lines in: {"first": true} encodes once, writes the dense
 vectors to OUT (.npy) and answers {"bytes": rise of the resident peak, "resident": the peak}; {"run": true} answers
-{"seconds": s}. Padded peers get batches of BATCH texts sorted by length (1: nothing is padded); all use THREADS threads and float32 weights.
+{"seconds": s}. Padded peers get batches of BATCH texts sorted by length (1: nothing is padded). All use THREADS threads
+and float32 weights but for those named int8.
 """
 
 from __future__ import annotations
