@@ -3,7 +3,7 @@
 model         the embedded backbone as an M3 folder                       FOLDER/model
 collection    docstrings as pairs of summary and body, by a fixed rule     FOLDER/documents.jsonl
 token weights the sparse head fitted to the collection                     FOLDER/model
-before        summary -> body by each head, bodies cut at 256 tokens       FOLDER/before.json
+before        summary -> body by each head, bodies cut at 192 tokens       FOLDER/before.json
 train         all heads on pairs that the collection does not hold         FOLDER/trained
 after         as before; hybrid weights chosen on half of the collection's pairs, reported on the others
 index         the bodies at full length, encoded by all three heads        FOLDER/index
@@ -51,7 +51,7 @@ _RECIPE = 1
 _SAMPLE_TOKENS = 12_000
 _DEPTH = 100
 _BLOCK = 32
-_MEASURED_TOKENS = 256
+_MEASURED_TOKENS = 192
 _LEAST_ROWS = 64
 _HEADS: tuple[Head, ...] = ("dense", "sparse", "multi_vector", "all")
 _HIGHEST_WEIGHT = 1000.0
