@@ -1,5 +1,7 @@
 # make demo   sets everything up in .venv and runs the demonstration
 # make test   sets everything up in .venv and runs linters, type checks and all tests
+# make gpu-report             on a machine with an NVIDIA GPU: tests, speed and memory in one report (benchmarks/results/gpu)
+# make gpu-report DRY_RUN=1   anywhere: the same scripts under Triton's interpreter, without figures (build/gpu_report)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +9,7 @@ TORCH ?= torch==2.13.0
 PYTEST_FLAGS ?= -q
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-parity lint clean
+.PHONY: demo test test-parity lint gpu-report clean
 
 demo: $(VENV)/.built
 	$(BIN)/m3 demo
@@ -19,6 +21,9 @@ lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-report: $(VENV)/.built
+	$(BIN)/python -m benchmarks.gpu_report $(if $(DRY_RUN),--dry-run)
 
 # Official FlagEmbedding in an environment of its own, compared with this model on the same weights.
 test-parity: $(VENV)/.built .venv-parity/.installed

@@ -30,6 +30,7 @@ class Case:
     heads: int
     width: int
     training: bool
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -62,7 +63,7 @@ class Case:
         """q, k, v and the gradient of the output, packed [T, H, D]."""
         generator = torch.Generator().manual_seed(0)
         shape = (sum(self.lengths), self.heads, self.width)
-        return [torch.randn(shape, generator=generator) for _ in range(4)]
+        return [torch.randn(shape, generator=generator).to(self.device) for _ in range(4)]
 
     def small(self) -> Case:
         """The same kind of call on two short sequences."""

@@ -17,6 +17,7 @@ class Case:
     passage_lengths: tuple[int, ...]
     width: int
     training: bool = False
+    device: str = "cpu"
 
     @property
     def flops(self) -> float:
@@ -28,12 +29,13 @@ class Case:
         generator = torch.Generator().manual_seed(0)
         queries = torch.randn(self.queries, self.query_rows, self.width, generator=generator)
         passages = torch.randn(sum(self.passage_lengths), self.width, generator=generator)
-        return torch.nn.functional.normalize(queries, dim=-1), torch.nn.functional.normalize(passages, dim=-1)
+        queries, passages = (torch.nn.functional.normalize(x, dim=-1).to(self.device) for x in (queries, passages))
+        return queries, passages
 
     def offsets(self) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([0, *self.passage_lengths])
         query_offsets = torch.arange(self.queries + 1, dtype=torch.int32) * self.query_rows
-        return query_offsets, lengths.cumsum(0).to(torch.int32)
+        return query_offsets.to(self.device), lengths.cumsum(0).to(torch.int32).to(self.device)
 
 
 def _ragged(count: int, shortest: int, longest: int) -> tuple[int, ...]:

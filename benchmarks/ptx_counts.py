@@ -258,13 +258,9 @@ def exact_line(op: str, arithmetic: str, options: str, launches: list[Launch]) -
 
 
 def origin() -> dict[str, Any]:
-    """What the counts depend on: Triton, sources and tiles of sm_80, and the CUDA sources."""
-    told: dict[str, Any] = {"cuda": sources_digest()}
-    for op in ("attention", "maxsim"):
-        made_from = compiled_tables.origin(op)
-        tiles = {name: tile for name, tile in made_from["tiles"].items() if name.startswith(f"sm_{ARCHITECTURE}/")}
-        told[op] = {"triton": made_from["triton"], "source": made_from["source"], "tiles": tiles}
-    return told
+    """What the counts depend on: hashes of Triton, sources and tiles of sm_80, and the CUDA sources."""
+    entries = compiled_tables.entries(architectures=[ARCHITECTURE])
+    return {"cuda": sources_digest(), **{entry.name: entry.hash for entry in entries}}
 
 
 def read_counts() -> list[Count] | None:

@@ -17,36 +17,41 @@ VOCABULARY = sparse_texts.VOCABULARY
 Calls = dict[str, Callable[[], Any]]
 
 
-def head_inputs(batch: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def head_inputs(batch: int, length: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden states [B, L, E], weight [E], bias [1] as leaves; token ids int64 [B, L], of text if there is any."""
     generator = torch.Generator().manual_seed(batch * length)
     if sparse_texts.available():
         ids = torch.from_numpy(sparse_texts.tokens()[0])[: batch * length]
     else:
         ids = torch.randint(4, VOCABULARY, (batch * length,), generator=generator)
-    hidden = torch.randn(batch, length, WIDTH, generator=generator).requires_grad_()
-    weight = (torch.randn(WIDTH, generator=generator) / 32).requires_grad_()
-    return hidden, weight, torch.zeros(1, requires_grad=True), ids.reshape(batch, length).long()
+    hidden = torch.randn(batch, length, WIDTH, generator=generator).to(device).requires_grad_()
+    weight = (torch.randn(WIDTH, generator=generator) / 32).to(device).requires_grad_()
+    return (
+        hidden,
+        weight,
+        torch.zeros(1, device=device, requires_grad=True),
+        ids.reshape(batch, length).long().to(device),
+    )
 
 
 def _forward_backward(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(forward().sum(), leaves)
 
 
-def head_forward(batch: int, length: int) -> Calls:
-    hidden, weight, bias, ids = head_inputs(batch, length)
+def head_forward(batch: int, length: int, device: str = "cpu") -> Calls:
+    hidden, weight, bias, ids = head_inputs(batch, length, device)
     hidden, weight, bias = (x.detach() for x in (hidden, weight, bias))
-    offsets, flat = offsets_from_lengths(torch.full((batch,), length)), ids.flatten().int()
+    offsets, flat = offsets_from_lengths(torch.full((batch,), length, device=device)), ids.flatten().int()
     return {
         "m3kernels": lambda: sparse_embed(hidden.flatten(0, 1), weight, bias, flat, offsets, peers.UNUSED_IDS),
         "FlagEmbedding inference": lambda: peers.flag_inference_head(hidden, weight, bias, ids, VOCABULARY),
     }
 
 
-def head_training(batch: int, length: int, *, with_official: bool) -> Calls:
-    hidden, weight, bias, ids = head_inputs(batch, length)
+def head_training(batch: int, length: int, *, with_official: bool, device: str = "cpu") -> Calls:
+    hidden, weight, bias, ids = head_inputs(batch, length, device)
     leaves = [hidden, weight, bias]
-    offsets, flat = offsets_from_lengths(torch.full((batch,), length)), ids.flatten().int()
+    offsets, flat = offsets_from_lengths(torch.full((batch,), length, device=device)), ids.flatten().int()
 
     def ours() -> Tensor:
         return sparse_embed(hidden.flatten(0, 1), weight, bias, flat, offsets, peers.UNUSED_IDS).weights
@@ -74,11 +79,13 @@ def text_batches(queries: int, passages: int) -> tuple[SparseBatch, SparseBatch]
     )
 
 
-def pair_scores(queries: int, passages: int) -> Calls:
+def pair_scores(queries: int, passages: int, device: str = "cpu") -> Calls:
     left, right = text_batches(queries, passages)
     dense_left, dense_right = (torch.from_numpy(side.to_scipy(VOCABULARY).toarray()) for side in (left, right))
     csr_left, csr_right = left.to_scipy(VOCABULARY), right.to_scipy(VOCABULARY).T.tocsr()
     dict_left, dict_right = left.to_flag_embedding(), right.to_flag_embedding()
+    left, right = (SparseBatch(*(x.to(device) for x in side)) for side in (left, right))
+    dense_left, dense_right = dense_left.to(device), dense_right.to(device)
     return {
         "m3kernels": lambda: sparse_scores(left, right),
         "dense product": lambda: dense_left @ dense_right.T,

@@ -34,18 +34,6 @@ def cpu_kernel(name: str) -> Callable[..., Any] | None:
     return getattr(torch.ops.m3_cpu, name, None)
 
 
-def cuda_kernel(name: str) -> Callable[..., Any]:
-    """The compiled CUDA kernel of op `name`.
-
-    Raises:
-        RuntimeError: if this installation has no CUDA kernels; nothing falls back silently on a GPU.
-    """
-    kernel: Callable[..., Any] | None = getattr(torch.ops.m3_cuda, name, None)
-    if kernel is None:
-        raise RuntimeError(f"m3::{name}: the compiled CUDA kernels are missing; {_BUILD_HINT} on a machine with nvcc")
-    return kernel
-
-
 def _find(stem: str) -> Path | None:
     found = sorted(_FOLDER.glob(f"{stem}.*so"))
     return found[0] if found else None

@@ -88,19 +88,12 @@ def load(op: str) -> dict[int, TileTable]:
     return {int(name.removeprefix("sm_")): TileTable(int(name.removeprefix("sm_")), e) for name, e in tables.items()}
 
 
-@functools.cache
-def for_device(op: str, device: torch.device) -> TileTable:
-    """The table that serves a CUDA device.
+def for_architecture(op: str, architecture: int) -> TileTable:
+    """The architecture's own table, else sm_80's where shared memory is small, else that of the next one below.
 
     Raises:
-        RuntimeError: the device is older than sm_80, for which the kernels are not made.
+        RuntimeError: the architecture is older than sm_80, for which the kernels are not made.
     """
-    major, minor = torch.cuda.get_device_capability(device)
-    return for_architecture(op, 10 * major + minor)
-
-
-def for_architecture(op: str, architecture: int) -> TileTable:
-    """The architecture's own table, else sm_80's where shared memory is small, else that of the next one below."""
     if architecture < OLDEST:
         raise RuntimeError(f"{op} needs a device of sm_{OLDEST} or newer, this is sm_{architecture}")
     tables = load(op)

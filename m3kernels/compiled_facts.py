@@ -1,37 +1,46 @@
-"""What a Triton kernel becomes on a GPU that need not be here: registers, spills, shared memory, tensor-core products.
+"""What a GPU kernel becomes on a GPU that need not be here: registers, spills, shared memory, tensor-core products.
 
-The kernel is compiled ahead of time for an architecture, and its machine code (SASS) is read with the cuobjdump and
-nvdisasm of the Triton wheel. These are facts of the compiled code, never a measurement of time.
+Triton kernels are compiled ahead of time for an architecture; CUDA C++ kernels are read out of the compiled library.
+Both end as machine code (SASS), which m3kernels.machine_code reads. These are facts of the compiled code, never a
+measurement of time.
 
 Spilled registers do not show in cuobjdump's LOCAL; they show as STACK and as LDL/STL instructions, which are read here.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
+import hashlib
+import inspect
+import json
 import re
-import subprocess
-import tempfile
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+from m3kernels import machine_code
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """Limits of one SM (CUDA programming guide, table of technical specifications by compute capability)."""
+    """Limits of one SM (CUDA C++ programming guide 13.0, "Technical Specifications per Compute Capability")."""
 
     threads: int
     blocks: int
     shared_bytes: int
     shared_bytes_per_block: int
     registers: int = 65536
+
+    @property
+    def warps(self) -> int:
+        """Resident warps at most."""
+        return self.threads // 32
 
 
 MULTIPROCESSORS = {
@@ -43,27 +52,15 @@ MULTIPROCESSORS = {
     120: Multiprocessor(1536, 24, 100 << 10, 99 << 10),
 }
 
-INSTRUCTIONS = {
-    "mma.sync": r"\b[HIQD]MMA\b",
-    "wgmma": r"\b[HIQ]GMMA\b",
-    "tcgen05.mma": r"\bUTC\w*MMA\b",
-    "ffma": r"\bFFMA2?\b",
-    "ex2": r"\bMUFU\.EX2\b",
-    "cp.async": r"\bLDGSTS\b",
-    "load_global": r"\bLDG\b",
-    "load_local": r"\bLDL\b",
-    "store_local": r"\bSTL\b",
-    "atomic": r"\b(ATOM|ATOMG|RED|REDG)\b",
-}
-TENSOR_CORE = ("mma.sync", "wgmma", "tcgen05.mma")
-
 
 @dataclass(frozen=True)
 class CompiledFacts:
-    """Facts of one kernel on one architecture; `counts` are static instruction counts by the names of INSTRUCTIONS.
+    """Facts of one kernel on one architecture; counts are static, by the names of machine_code.INSTRUCTIONS.
 
     products: how many tl.dot the kernel's Triton IR holds. fma_products: how many products of the GPU IR the compiler
     left to the plain FMA units (pipelining may have copied some, so this is no part of `products`).
+    loop_*: of the main loop (m3kernels.machine_code), for each warp; loop_tensor_flops: those of mma.sync and wgmma;
+    loop_load_bytes: read from global memory (or L2).
     """
 
     architecture: int
@@ -73,13 +70,27 @@ class CompiledFacts:
     num_warps: int
     instructions: int
     counts: dict[str, int]
+    loop_instructions: int
+    loop_counts: dict[str, int]
+    loop_tensor_flops: int
+    loop_load_bytes: int
     products: int
     fma_products: int
 
     @property
     def spilled(self) -> bool:
         """Whether any register lives in memory."""
-        return bool(self.stack_bytes or self.counts["load_local"] or self.counts["store_local"])
+        return bool(self.stack_bytes or self.local_accesses)
+
+    @property
+    def local_accesses(self) -> int:
+        """Loads and stores of local memory, where spilled registers lie."""
+        return self.counts["load_local"] + self.counts["store_local"]
+
+    @property
+    def tensor_instructions(self) -> int:
+        """Products on tensor cores in the whole kernel."""
+        return sum(self.counts[kind] for kind in machine_code.TENSOR_CORE)
 
     @property
     def fits(self) -> bool:
@@ -97,6 +108,11 @@ class CompiledFacts:
             limits.registers // (warp_registers * self.num_warps),
             limits.shared_bytes // (self.shared_bytes + 1024),
         )
+
+    @property
+    def occupancy(self) -> float:
+        """Resident warps of the most that an SM holds."""
+        return self.blocks_per_multiprocessor * self.num_warps / MULTIPROCESSORS[self.architecture].warps
 
 
 def compile_facts(
@@ -128,22 +144,111 @@ def compile_facts(
     )
     target = GPUTarget("cuda", architecture, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
-    usage, code = _disassemble(compiled.asm["cubin"])
-    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if numbers is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage of {kernel.__name__}: {usage!r}")
-    gpu_ir = compiled.asm["ttgir"]
+    return triton_facts(compiled)
+
+
+def triton_facts(compiled: Any) -> CompiledFacts:
+    """Facts of a kernel that Triton has compiled."""
+    (function,) = machine_code.functions(compiled.asm["cubin"])
+    return _facts(
+        function,
+        compiled.metadata.target.arch,
+        shared_bytes=compiled.metadata.shared,
+        num_warps=compiled.metadata.num_warps,
+        products=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
+        fma_products=_fma_products(compiled.asm["ttgir"]),
+    )
+
+
+def library_facts(
+    held: Mapping[int, Sequence[machine_code.Function]], architectures: Mapping[int, int]
+) -> dict[int, dict[str, CompiledFacts]]:
+    """Facts of every CUDA C++ kernel of a compiled library, by architecture and name.
+
+    A kernel's warps are those that its __launch_bounds__ allow. None allocates shared memory at its launch.
+
+    Args:
+        held: machine_code.library_functions of the library.
+        architectures: for each architecture asked for, the one whose machine code it executes.
+    """
+    return {
+        asked: {
+            machine_code.demangled(function.name): _facts(
+                function,
+                asked,
+                shared_bytes=function.shared_bytes,
+                num_warps=_bound(function) // 32,
+                products=0,
+                fma_products=0,
+            )
+            for function in held[executed]
+        }
+        for asked, executed in architectures.items()
+    }
+
+
+def configuration_hash(kernel: Any, configuration: Mapping[str, Any]) -> str:
+    """Hash of what a Triton kernel is compiled from: Triton's version, the configuration, and the source of the kernel
+    and of all device functions and constants that it uses, without comments and docstrings."""
+    parts = (triton.__version__, json.dumps(configuration, sort_keys=True), _source(kernel))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _source(kernel: Any) -> str:
+    seen: dict[str, str] = {}
+    _collect_sources(kernel, seen)
+    return "\n".join(f"{name}={seen[name]}" for name in sorted(seen))
+
+
+def _collect_sources(function: Any, seen: dict[str, str]) -> None:
+    """Add the source of a device function and of those that it calls."""
+    python = function.fn
+    tree = ast.parse(textwrap.dedent(inspect.getsource(python)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    seen[python.__name__] = ast.unparse(tree)
+    for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+        used = python.__globals__.get(name)
+        if name in seen or used is None:
+            continue
+        if isinstance(used, triton.JITFunction):
+            _collect_sources(used, seen)
+        elif isinstance(used, triton.language.constexpr):
+            seen[name] = repr(used.value)
+
+
+def _facts(
+    function: machine_code.Function,
+    architecture: int,
+    *,
+    shared_bytes: int,
+    num_warps: int,
+    products: int,
+    fma_products: int,
+) -> CompiledFacts:
     return CompiledFacts(
         architecture=architecture,
-        registers=int(numbers[1]),
-        stack_bytes=int(numbers[2]),
-        shared_bytes=compiled.metadata.shared,
+        registers=function.registers,
+        stack_bytes=function.stack_bytes,
+        shared_bytes=shared_bytes,
         num_warps=num_warps,
-        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)),
-        counts={name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()},
-        products=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
-        fma_products=_fma_products(gpu_ir),
+        instructions=len(function.code),
+        counts=machine_code.count(function.code),
+        loop_instructions=len(function.main_loop),
+        loop_counts=machine_code.count(function.main_loop),
+        loop_tensor_flops=machine_code.tensor_flops(function.main_loop),
+        loop_load_bytes=machine_code.load_bytes(function.main_loop),
+        products=products,
+        fma_products=fma_products,
     )
+
+
+def _bound(function: machine_code.Function) -> int:
+    if function.threads is None:
+        raise RuntimeError(f"{function.name} has no __launch_bounds__, so nothing tells how many threads a block has")
+    return function.threads
 
 
 def _fma_products(gpu_ir: str) -> int:
@@ -151,14 +256,3 @@ def _fma_products(gpu_ir: str) -> int:
     layouts = re.findall(r"^(#\w+) = #ttg\.nvidia_mma", gpu_ir, re.M)
     results = re.findall(r"= tt\.dot\b.*-> tensor<[^>]*, (#\w+)>", gpu_ir)
     return sum(layout not in layouts for layout in results)
-
-
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, code = (
-            subprocess.run([str(_TOOLS / tool), *options, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, options in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", ["-c"]))
-        )
-    return usage, code

@@ -1,141 +1,287 @@
-"""What every entry of every tile table compiles to, without a GPU; recorded in benchmarks/results/static/<op>.json.
+"""What every GPU kernel compiles to in every configuration that ships, without a GPU: `m3 bench --static`.
 
-    python -m m3kernels.compiled_tables attention benchmarks/results/static/attention.json
+Configurations are the entries of the tile tables, for each architecture that they serve, each dtype, and twice for
+kernels that have options: plain, and with every option on. Compiled facts are cached under a hash of source,
+configuration and Triton's version in $M3_CACHE_DIR (default ~/.cache/m3kernels); the CUDA C++ kernels are read out of
+the compiled library.
 
-compiles all entries of an op (minutes) and writes the record. The record names the kernels' source, Triton's version
-and the tiles that it was made from, so that a stale one is recognised.
+The facts that ship are recorded in benchmarks/results/gpu_static.json, each entry with its hash, so that a stale one is
+recognised.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
+import functools
 import hashlib
 import importlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import triton
+from m3kernels import _library, _tiles, compiled_facts, machine_code
+from m3kernels.compiled_facts import CompiledFacts, compile_facts, configuration_hash, library_facts
 
-from m3kernels import _tiles
-from m3kernels.compiled_facts import CompiledFacts, compile_facts
-
-_DTYPES = {"16bit": "bf16", "float32": "fp32", "tf32": "fp32"}
+OPS = ("attention", "maxsim")
+ARCHITECTURES = (80, 86, 89, 90, 100)
+ARITHMETICS = {"16bit": ("bf16", "fp16"), "float32": ("fp32",), "tf32": ("tf32",)}
+"""Columns of a tile table → dtypes that it serves; tf32 is float32 with allow_tf32."""
+LOOP_FLOPS = {
+    "attention": {"forward": 4, "backward_q": 6, "backward_kv": 8},
+    "maxsim": {"forward": 2, "pairs_forward": 2, "backward_p": 2},
+}
+"""Useful FLOPs of one turn of a kernel's main loop, over its product of block sizes: 2 for each product."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a tile table."""
+    """One kernel in one configuration; dtype "tf32" is float32 with allow_tf32, options: every option on."""
 
     op: str
     architecture: int
     kernel: str
-    arithmetic: str
+    dtype: str
     width: int
+    options: bool
     tile: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        """As in the record: sm_80/forward/16bit/64."""
-        return f"sm_{self.architecture}/{self.kernel}/{self.arithmetic}/{self.width}"
+        """As in the record: attention/sm_80/forward/bf16/64/plain."""
+        variant = "options" if self.options else "plain"
+        return f"{self.op}/sm_{self.architecture}/{self.kernel}/{self.dtype}/{self.width}/{variant}"
+
+    @property
+    def block_flops(self) -> int:
+        """Useful FLOPs of one turn of the main loop in one block; 0 for kernels without products."""
+        tile = _tiles.Tile.from_list(list(self.tile))
+        products = LOOP_FLOPS[self.op].get(self.kernel, 0)
+        return products * tile.block_m * tile.block_n * (tile.block_k or self.width)
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """Everything beside its source that the kernel is compiled from."""
+        signature, constants, aligned = _arguments(self)
+        tile = _tiles.Tile.from_list(list(self.tile))
+        blocks = _module(self.op).SUM_BLOCKS if self.kernel == "sum" else tile.blocks()
+        constants = {**constants, **blocks, "PRECISION": "tf32" if self.dtype == "tf32" else "ieee"}
+        return {
+            "signature": signature,
+            "constants": {name: value for name, value in constants.items() if name in signature},
+            "architecture": self.architecture,
+            "aligned": aligned,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
+
+    @property
+    def hash(self) -> str:
+        """Of source, configuration and Triton's version."""
+        return configuration_hash(_kernel(self), self.configuration)
 
 
-def entries(op: str) -> Iterator[Entry]:
-    """All lines of the op's tables."""
-    for architecture, table in _tiles.load(op).items():
-        for kernel, arithmetics in table.entries.items():
-            for arithmetic, widths in arithmetics.items():
-                for width, tile in widths.items():
-                    yield Entry(op, architecture, kernel, arithmetic, int(width), tuple(tile))
+def entries(ops: Iterable[str] = OPS, architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Entry]:
+    """All configurations of the ops, in the order of the tables.
+
+    Raises:
+        ValueError: an op without tile tables.
+    """
+    architectures = tuple(architectures)
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"op is {op!r}; accepted: {', '.join(map(repr, OPS))}")
+        for architecture in architectures:
+            for kernel, column, width, tile in _lines(op, architecture):
+                for dtype in ARITHMETICS[column]:
+                    entry = Entry(op, architecture, kernel, dtype, width, False, tile)
+                    yield entry
+                    with_options = Entry(op, architecture, kernel, dtype, width, True, tile)
+                    if with_options.configuration != entry.configuration:
+                        yield with_options
 
 
 def compile_entry(entry: Entry) -> CompiledFacts:
-    """Compile the kernel of an entry with every option on and read the machine code.
-
-    That is not always the tightest variant: with options off, ptxas picks other register counts, and a few float32
-    entries then spill a register or two.
-    """
-    module = importlib.import_module(f"m3kernels.{entry.op}.triton_kernels")
-    kernel = getattr(module, f"{entry.kernel}_kernel")
-    tile = _tiles.Tile.from_list(list(entry.tile))
-    signature, constants, aligned = module.compiled_arguments(kernel, _DTYPES[entry.arithmetic], entry.width)
+    """Compile the kernel of an entry and read the machine code."""
+    arguments = entry.configuration
     return compile_facts(
-        kernel,
-        signature,
-        {**constants, **tile.blocks(), "PRECISION": "tf32" if entry.arithmetic == "tf32" else "ieee"},
+        _kernel(entry),
+        arguments["signature"],
+        arguments["constants"],
         entry.architecture,
-        aligned=aligned,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        aligned=arguments["aligned"],
+        num_warps=arguments["num_warps"],
+        num_stages=arguments["num_stages"],
     )
 
 
-def compile_entries(chosen: Iterable[Entry]) -> dict[str, CompiledFacts]:
-    """Facts by the entries' names, compiled by as many processes as the machine has cores."""
+def compile_entries(
+    chosen: Iterable[Entry], cache: Path | None = None, advance: Callable[[int], object] = lambda _: None
+) -> dict[str, CompiledFacts]:
+    """Facts by the entries' names, out of the cache or compiled by as many processes as there are cores.
+
+    Args:
+        cache: folder; None compiles everything anew and keeps nothing.
+        advance: told how many more entries are done.
+    """
     chosen = list(chosen)
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return {entry.name: facts for entry, facts in zip(chosen, pool.map(compile_entry, chosen))}
+    found: dict[str, CompiledFacts] = {}
+    for entry in chosen:
+        facts = _read(_cached(cache, entry)) if cache else None
+        if facts:
+            found[entry.name] = facts
+    advance(len(found))
+    missing = [entry for entry in chosen if entry.name not in found]
+    if missing:
+        workers = min(len(missing), len(os.sched_getaffinity(0)))
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(compile_entry, entry): entry for entry in missing}
+            for done in as_completed(running):
+                entry = running[done]
+                found[entry.name] = done.result()
+                if cache:
+                    _write(_cached(cache, entry), json.dumps(asdict(found[entry.name])))
+                advance(1)
+    return {entry.name: found[entry.name] for entry in chosen}
 
 
-def origin(op: str) -> dict[str, Any]:
-    """What the compiled code depends on: Triton, the kernels' source without comments and docstrings, the tiles."""
-    module = importlib.import_module(f"m3kernels.{op}.triton_kernels")
-    tree = ast.parse(Path(str(module.__file__)).read_text())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0].value.value = ""
-    source = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+def cache_folder() -> Path:
+    """Where compiled facts are kept: $M3_CACHE_DIR, else m3kernels in the user's cache folder."""
+    chosen = os.environ.get("M3_CACHE_DIR")
+    if chosen:
+        return Path(chosen) / "static"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3kernels" / "static"
+
+
+def library_entries(architectures: Iterable[int] = ARCHITECTURES) -> dict[str, CompiledFacts]:
+    """Facts of the CUDA C++ kernels, named as cuda/sm_80/pack_kernel<Bytes16>; none where the library was not built.
+
+    A card executes the machine code of the newest architecture of its own generation that is not newer than itself.
+    """
+    if _library.CUDA_LIBRARY is None:
+        return {}
+    held = machine_code.library_functions(_library.CUDA_LIBRARY)
+    executed = {
+        asked: max((one for one in held if one // 10 == asked // 10 and one <= asked), default=None)
+        for asked in architectures
+    }
+    facts = library_facts(held, {asked: own for asked, own in executed.items() if own is not None})
     return {
-        "triton": triton.__version__,
-        "source": source,
-        "tiles": {entry.name: list(entry.tile) for entry in entries(op)},
+        f"cuda/sm_{architecture}/{name}": value
+        for architecture, named in facts.items()
+        for name, value in named.items()
     }
 
 
-def read_record(op: str, path: Path) -> dict[str, CompiledFacts] | None:
-    """The recorded facts, or None where there are none or they belong to other sources, tiles or another Triton."""
-    if not path.exists():
-        return None
+def problems(facts: CompiledFacts, dtype: str) -> list[str]:
+    """What a kernel that ships must not do: spill, exceed shared memory, multiply off the tensor cores.
+
+    float32 without allow_tf32 multiplies in IEEE float32, which no tensor core does: dtype "fp32" is excepted.
+    """
+    found = []
+    if facts.spilled:
+        found.append(f"spills: {facts.stack_bytes} bytes of stack, {facts.local_accesses} local accesses")
+    if not facts.fits or facts.blocks_per_multiprocessor == 0:
+        found.append(f"does not fit: {facts.registers} registers, {facts.shared_bytes} bytes of shared memory")
+    if dtype != "fp32" and facts.products and (facts.fma_products or not facts.tensor_instructions):
+        found.append("a product runs off the tensor cores")
+    return found
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record as written, facts as CompiledFacts: triton, entries {name: (hash, facts)}, library {name: facts}."""
     record = json.loads(path.read_text())
-    if record["origin"] != origin(op):
+    return {
+        "triton": record["triton"],
+        "entries": {name: (one["hash"], _facts(one["facts"])) for name, one in record["entries"].items()},
+        "library": {name: _facts(facts) for name, facts in record["library"].items()},
+    }
+
+
+def record_text(facts: Mapping[str, CompiledFacts], library: Mapping[str, CompiledFacts]) -> str:
+    """The record as JSON, one line for each entry; counts of 0 are left out."""
+    import triton
+
+    hashes = {entry.name: entry.hash for entry in entries() if entry.name in facts}
+    lines = [
+        f"    {json.dumps(name)}: " + json.dumps({"hash": hashes[name], "facts": _short(value)})
+        for name, value in facts.items()
+    ]
+    held = [f"    {json.dumps(name)}: {json.dumps(_short(value))}" for name, value in library.items()]
+    joined = [",\n".join(part) for part in (lines, held)]
+    return (
+        f'{{\n  "triton": {json.dumps(triton.__version__)},\n  "entries": {{\n{joined[0]}\n  }},\n'
+        f'  "library": {{\n{joined[1]}\n  }}\n}}\n'
+    )
+
+
+def _lines(op: str, architecture: int) -> Iterator[tuple[str, str, int, tuple[int, ...]]]:
+    """Kernel, column, width and tile of every line that serves an architecture, and of kernels that need no table."""
+    for kernel, columns in _tiles.for_architecture(op, architecture).entries.items():
+        for column, widths in columns.items():
+            for width, tile in widths.items():
+                yield kernel, column, int(width), tuple(tile)
+    if op == "maxsim":
+        blocks = _module(op).SUM_BLOCKS
+        yield "sum", "float32", 0, (blocks["BLOCK_R"], blocks["BLOCK_P"], 4, 3)
+
+
+def _module(op: str) -> Any:
+    return importlib.import_module(f"m3kernels.{op}.triton_kernels")
+
+
+def _kernel(entry: Entry) -> Any:
+    return getattr(_module(entry.op), f"{entry.kernel}_kernel")
+
+
+def _arguments(entry: Entry) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
+    dtype = "fp32" if entry.dtype == "tf32" else entry.dtype
+    arguments: tuple[dict[str, str], dict[str, Any], tuple[str, ...]] = _module(entry.op).compiled_arguments(
+        _kernel(entry), dtype, entry.width, entry.options
+    )
+    return arguments
+
+
+@functools.cache
+def _reader_hash() -> str:
+    """Hash of the modules that read the machine code, without comments and layout."""
+    sources: Sequence[Any] = (compiled_facts, machine_code)
+    trees = (ast.unparse(ast.parse(Path(str(module.__file__)).read_text())) for module in sources)
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:16]
+
+
+def _cached(folder: Path, entry: Entry) -> Path:
+    return folder / f"{entry.hash}-{_reader_hash()}.json"
+
+
+def _read(path: Path) -> CompiledFacts | None:
+    try:
+        return _facts(json.loads(path.read_text()))
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
         return None
-    return {name: CompiledFacts(**facts) for name, facts in record["facts"].items()}
 
 
-def write_record(op: str, path: Path, facts: dict[str, CompiledFacts]) -> None:
-    """Write facts with their origin, one line for each entry."""
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(asdict(value))}" for name, value in facts.items())
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: other processes may read meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{\n  "origin": {json.dumps(origin(op))},\n  "facts": {{\n{lines}\n  }}\n}}\n')
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
 
 
-def main() -> None:
-    """Compile all entries of an op and write the record."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("op", choices=("attention", "maxsim"))
-    parser.add_argument("path", type=Path)
-    arguments = parser.parse_args()
-    facts = compile_entries(entries(arguments.op))
-    write_record(arguments.op, arguments.path, facts)
-    for name, value in facts.items():
-        print(
-            f"{name:36s} registers {value.registers:3d} spilled {value.spilled!s:5s} shared {value.shared_bytes:6d}"
-            f" blocks/SM {value.blocks_per_multiprocessor:2d} "
-            + " ".join(f"{count} {what}" for what, count in value.counts.items() if count)
-        )
+def _facts(stored: dict[str, Any]) -> CompiledFacts:
+    none = dict.fromkeys(machine_code.INSTRUCTIONS, 0)
+    counts = {key: {**none, **stored[key]} for key in ("counts", "loop_counts")}
+    return CompiledFacts(**{**stored, **counts})
 
 
-if __name__ == "__main__":
-    main()
+def _short(facts: CompiledFacts) -> dict[str, Any]:
+    return {
+        key: {kind: count for kind, count in value.items() if count} if isinstance(value, dict) else value
+        for key, value in asdict(facts).items()
+    }

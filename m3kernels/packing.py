@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3kernels import _library
+from m3kernels import _library, gpu_support
 from m3kernels._checks import FLOAT_DTYPES, check_offset_values, check_offsets
 
 __all__ = ["offsets_from_lengths", "pack", "sequence_of_row", "unpack"]
@@ -141,12 +141,18 @@ def _unpack_cpu(rows: Tensor, offsets: Tensor, max_length: int) -> Tensor:
 
 
 def _pack_cuda(padded: Tensor, offsets: Tensor, total_rows: int) -> Tensor:
-    packed: Tensor = _library.cuda_kernel("pack")(padded.contiguous(), offsets.contiguous(), total_rows)
+    if gpu_support.reference_wanted():
+        return _pack_reference(padded, offsets, total_rows)
+    kernel = gpu_support.cuda_kernel("pack", padded.device)
+    packed: Tensor = kernel(padded.contiguous(), offsets.contiguous(), total_rows)
     return packed
 
 
 def _unpack_cuda(rows: Tensor, offsets: Tensor, max_length: int) -> Tensor:
-    padded: Tensor = _library.cuda_kernel("unpack")(rows.contiguous(), offsets.contiguous(), max_length)
+    if gpu_support.reference_wanted():
+        return _unpack_reference(rows, offsets, max_length)
+    kernel = gpu_support.cuda_kernel("unpack", rows.device)
+    padded: Tensor = kernel(rows.contiguous(), offsets.contiguous(), max_length)
     return padded
 
 

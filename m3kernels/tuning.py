@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from m3kernels import _tiles
+from m3kernels import _tiles, gpu_support
 
 Timer = Callable[[Callable[[], object]], float]
 """Runs a function repeatedly and returns its median time in milliseconds, as triton.testing.do_bench does."""
@@ -86,7 +86,8 @@ def tune(
     Args:
         op: "attention" or "maxsim".
         device: where to run.
-        start: the table to start from (`_tiles.for_device`); says which kernels, arithmetics and widths there are.
+        start: the table to start from (`gpu_support.triton_kernels`); says which kernels, arithmetics and widths there
+            are.
         timer: default triton.testing.do_bench, which needs a GPU.
     Returns:
         A table with the fastest candidate, or the tile of `start` where that is faster, everywhere.
@@ -125,7 +126,7 @@ def write_table(op: str, architecture: int, entries: _tiles.Entries, path: Path 
         blocks.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n  }")
     path.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
     _tiles.load.cache_clear()
-    _tiles.for_device.cache_clear()
+    gpu_support.forget_tables()
 
 
 def _bench(function: Callable[[], object]) -> float:

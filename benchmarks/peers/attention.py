@@ -26,7 +26,7 @@ Attend = Callable[[list[Tensor]], Tensor]
 
 
 def _offsets(case: Case) -> Tensor:
-    return torch.tensor([0, *case.lengths]).cumsum(0).int()
+    return torch.tensor([0, *case.lengths]).cumsum(0).int().to(case.device)
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def _ours(**options: float) -> Callable[[Case], Attend]:
 
 def _sdpa_padded(case: Case) -> Attend:
     real = torch.arange(max(case.lengths)) < torch.tensor(case.lengths)[:, None]
-    mask = real[:, None, None, :]
+    mask = real[:, None, None, :].to(case.device)
     return lambda leaves: _by_head(scaled_dot_product_attention(*map(_by_head, leaves), attn_mask=mask))
 
 

@@ -32,7 +32,8 @@ def _padded(case: Case, rows: Tensor) -> tuple[Tensor, Tensor | None]:
     if len(set(lengths)) == 1:
         return rows.view(len(lengths), lengths[0], case.width), None
     padded = torch.nn.utils.rnn.pad_sequence(list(rows.split(lengths)), batch_first=True)
-    return padded, torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
+    real = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
+    return padded, real.to(padded.device)
 
 
 def ours(case: Case, rows: Tensor) -> Score:
@@ -88,7 +89,7 @@ def flag_embedding(case: Case, rows: Tensor) -> Score:
 
     padded, _ = _padded(case, rows)
     model = SimpleNamespace(temperature=1.0)
-    mask = torch.ones(case.queries, case.query_rows + 1)
+    mask = torch.ones(case.queries, case.query_rows + 1, device=case.device)
     function = EncoderOnlyEmbedderM3Model.compute_colbert_score
     return lambda queries: function(model, queries, padded, mask) * case.query_rows
 
@@ -152,6 +153,9 @@ PEERS: dict[str, Callable[[Case, Tensor], Score]] = {
 }
 
 
+ON_ANY_DEVICE = ("m3kernels", "m3kernels bfloat16", "torch einsum", "flat matmul", "FlagEmbedding", "PyLate")
+
+
 def call_of(peer: str, case: Case) -> Callable[[], Tensor]:
     """One forward, or forward and backward, of `peer`; returns the scores."""
     queries, rows = case.rows()
@@ -162,6 +166,7 @@ def call_of(peer: str, case: Case) -> Callable[[], Tensor]:
     queries.requires_grad_()
     score = PEERS[peer](case, rows)
     grad = torch.randn(case.queries, len(case.passage_lengths), generator=torch.Generator().manual_seed(2))
+    grad = grad.to(case.device)
 
     def step() -> Tensor:
         scores = score(queries)

@@ -25,7 +25,7 @@ Search = Callable[[int], NDArray[np.float32]]
 def flag_training_head(hidden: Tensor, weight: Tensor, bias: Tensor, input_ids: Tensor, vocabulary: int) -> Tensor:
     """[B, V] as FlagEmbedding trains: a scattered [B, L, V] tensor and its maximum (modeling.py, sparse_embedding)."""
     token_weights = torch.relu(hidden @ weight[:, None] + bias)
-    scattered = torch.zeros(*input_ids.shape, vocabulary, dtype=token_weights.dtype)
+    scattered = torch.zeros(*input_ids.shape, vocabulary, dtype=token_weights.dtype, device=hidden.device)
     vectors = torch.scatter(scattered, dim=-1, index=input_ids.unsqueeze(-1), src=token_weights).max(dim=1).values
     return _without_unused(vectors)
 
@@ -33,12 +33,12 @@ def flag_training_head(hidden: Tensor, weight: Tensor, bias: Tensor, input_ids: 
 def flag_inference_head(hidden: Tensor, weight: Tensor, bias: Tensor, input_ids: Tensor, vocabulary: int) -> Tensor:
     """[B, V] as FlagEmbedding infers: scatter_reduce with amax."""
     token_weights = torch.relu(hidden @ weight[:, None] + bias).squeeze(-1)
-    vectors = torch.zeros(input_ids.shape[0], vocabulary, dtype=token_weights.dtype)
+    vectors = torch.zeros(input_ids.shape[0], vocabulary, dtype=token_weights.dtype, device=hidden.device)
     return _without_unused(vectors.scatter_reduce(dim=-1, index=input_ids, src=token_weights, reduce="amax"))
 
 
 def _without_unused(vectors: Tensor) -> Tensor:
-    mask = torch.ones(vectors.shape[1])
+    mask = torch.ones(vectors.shape[1], device=vectors.device)
     mask[list(UNUSED_IDS)] = 0
     return vectors * mask
 

@@ -20,7 +20,7 @@ __device__ void copy_row(const Unit* from, Unit* to, int64_t units, int lane, in
 }
 
 template <class Unit>
-__global__ void pack_kernel(
+__global__ void __launch_bounds__(kBlock) pack_kernel(
     const Unit* __restrict__ padded,
     const int32_t* __restrict__ offsets,
     Unit* __restrict__ rows,
@@ -41,7 +41,7 @@ __global__ void pack_kernel(
 }
 
 template <class Unit>
-__global__ void unpack_kernel(
+__global__ void __launch_bounds__(kBlock) unpack_kernel(
     const Unit* __restrict__ rows,
     const int32_t* __restrict__ offsets,
     Unit* __restrict__ padded,

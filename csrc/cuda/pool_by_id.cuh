@@ -175,7 +175,7 @@ static __global__ void __launch_bounds__(kScanBlock)
 
 // Entry k of the packed result from its winner; past the last one weight 0, id kNoId, row -1.
 template <class T, class Out>
-__global__ void gather_kernel(
+__global__ void __launch_bounds__(kPoolBlock) gather_kernel(
     const T* __restrict__ token_weights,
     const int32_t* __restrict__ token_ids,
     const int32_t* __restrict__ offsets,

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kRowBlock) token_weights_kernel(
 }
 
 template <class T>
-__global__ void scatter_kernel(
+__global__ void __launch_bounds__(kRowBlock) scatter_kernel(
     const T* __restrict__ grad_weights, const int32_t* __restrict__ rows, T* __restrict__ grad, int64_t total) {
   for (int64_t k = grid_index(); k < total; k += grid_stride()) {
     if (rows[k] >= 0) grad[rows[k]] = grad_weights[k];
@@ -61,7 +61,7 @@ __global__ void scatter_kernel(
 }
 
 // entry_of_row[t] = 1 + the entry that row t wins (a row carries one id, so it wins at most one); 0 elsewhere, by the host.
-static __global__ void invert_rows_kernel(
+static __global__ void __launch_bounds__(kRowBlock) invert_rows_kernel(
     const int32_t* __restrict__ rows, int32_t* __restrict__ entry_of_row, int64_t total) {
   for (int64_t k = grid_index(); k < total; k += grid_stride()) {
     if (rows[k] >= 0) entry_of_row[rows[k]] = static_cast<int32_t>(k) + 1;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kColumnBlock) embed_gradient_kernel(
 
 // Adds the parts up, 32 columns a block; kPartLanes threads share a column and their sums are added in order.
 template <class T>
-__global__ void sum_parts_kernel(
+__global__ void __launch_bounds__(kWarp * kPartLanes) sum_parts_kernel(
     const float* __restrict__ partial, T* __restrict__ grad_weight, T* __restrict__ grad_bias, int64_t width, int parts) {
   __shared__ float sums[kPartLanes][kWarp];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;

@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(kBlock) gradient_kernel(
 }
 
 template <class T>
-__global__ void sum_splits_kernel(const float* __restrict__ partial, T* __restrict__ out, int64_t capacity, int splits) {
+__global__ void __launch_bounds__(kBlock)
+    sum_splits_kernel(const float* __restrict__ partial, T* __restrict__ out, int64_t capacity, int splits) {
   for (int64_t entry = grid_index(); entry < capacity; entry += grid_stride()) {
     float sum = 0;
     for (int split = 0; split < splits; ++split) sum += partial[split * capacity + entry];

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3kernels import _library, _tiles
+from m3kernels import _library, gpu_support
 from m3kernels._checks import check_offset_values
 from m3kernels.attention import reference
 
@@ -76,13 +76,13 @@ def _forward_cuda(
     seed: int,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
-    if q.dtype == torch.float64:
+    if q.dtype == torch.float64 or gpu_support.reference_wanted():
         return reference.flash_attention_varlen(q, k, v, offsets, scale, keep_probability, dropout_p, seed)
-    from m3kernels.attention import triton_kernels
-
-    options = triton_kernels.Options(scale, keep_probability, dropout_p, seed, allow_tf32)
+    kernels, tiles = gpu_support.triton_kernels("attention", q.device)
+    options = kernels.Options(scale, keep_probability, dropout_p, seed, allow_tf32)
     with torch.cuda.device(q.device):
-        return triton_kernels.forward(q, k, v, offsets, options, _tiles.for_device("attention", q.device))
+        result: tuple[Tensor, Tensor] = kernels.forward(q, k, v, offsets, options, tiles)
+    return result
 
 
 def _backward_cuda(
@@ -101,13 +101,13 @@ def _backward_cuda(
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (grad_out, q, k, v, out, log_sum_exp, offsets)
-    if q.dtype == torch.float64:
+    if q.dtype == torch.float64 or gpu_support.reference_wanted():
         return reference.flash_attention_varlen_backward(*tensors, scale, keep_probability, dropout_p, seed)
-    from m3kernels.attention import triton_kernels
-
-    options = triton_kernels.Options(scale, keep_probability, dropout_p, seed, allow_tf32)
+    kernels, tiles = gpu_support.triton_kernels("attention", q.device)
+    options = kernels.Options(scale, keep_probability, dropout_p, seed, allow_tf32)
     with torch.cuda.device(q.device):
-        return triton_kernels.backward(*tensors, options, _tiles.for_device("attention", q.device))
+        grads: tuple[Tensor, Tensor, Tensor] = kernels.backward(*tensors, options, tiles)
+    return grads
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *_options: Any) -> tuple[Tensor, Tensor]:

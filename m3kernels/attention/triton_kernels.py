@@ -125,9 +125,11 @@ def backward(
     return grad_q, grad_k, grad_v
 
 
-def compiled_arguments(kernel: Any, dtype: str, width: int) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
-    """For ahead-of-time compilation: Triton types of a kernel's arguments, its constants with every option on, and the
-    arguments that are multiples of 16 bytes or elements, as `forward` and `backward` pass them."""
+def compiled_arguments(
+    kernel: Any, dtype: str, width: int, options: bool
+) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
+    """For ahead-of-time compilation: Triton types of a kernel's arguments, its constants with every option on or off,
+    and the arguments that are multiples of 16 bytes or elements, as `forward` and `backward` pass them."""
     types = {"scale": "fp32", "dropout_factor": "fp32"}
     types |= {"log_sum_exp_ptr": "*fp32", "delta_ptr": "*fp32", "offsets_ptr": "*i32"}
     signature = {}
@@ -135,7 +137,7 @@ def compiled_arguments(kernel: Any, dtype: str, width: int) -> tuple[dict[str, s
         default = f"*{dtype}" if name.endswith("_ptr") else "constexpr" if name.isupper() else "i32"
         signature[name] = types.get(name, default)
     aligned = tuple(name for name in signature if name.endswith(("_ptr", "_row", "_head")))
-    return signature, {"WIDTH": width, "SAMPLED": True, "DROPOUT": True}, aligned
+    return signature, {"WIDTH": width, "SAMPLED": options, "DROPOUT": options}, aligned
 
 
 def _check(q: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3kernels import _library, _tiles
+from m3kernels import _library, gpu_support
 from m3kernels._checks import check_offset_values
 from m3kernels.maxsim import mapped, reference
 from m3kernels.maxsim.quantized import QuantizedRows
@@ -240,14 +240,13 @@ def _forward_cuda(
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = (queries, passages, query_offsets, passage_offsets)
-    if queries.dtype == torch.float64:
+    if queries.dtype == torch.float64 or gpu_support.reference_wanted():
         scores, argmax = reference.maxsim(*rows, zero_floor, mean)
         return scores, argmax if save_argmax else argmax[:0].clone()
-    from m3kernels.maxsim import triton_kernels
-
-    tiles = _tiles.for_device("maxsim", queries.device)
+    kernels, tiles = gpu_support.triton_kernels("maxsim", queries.device)
     with torch.cuda.device(queries.device):
-        return triton_kernels.forward(*rows, zero_floor, mean, save_argmax, allow_tf32, tiles)
+        result: tuple[Tensor, Tensor] = kernels.forward(*rows, zero_floor, mean, save_argmax, allow_tf32, tiles)
+    return result
 
 
 def _backward_cuda(
@@ -262,15 +261,14 @@ def _backward_cuda(
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = (queries, passages, query_offsets, passage_offsets)
-    if queries.dtype == torch.float64:
+    if queries.dtype == torch.float64 or gpu_support.reference_wanted():
         if argmax.shape[0] != queries.shape[0]:
             argmax = reference.maxsim(*rows, zero_floor, mean)[1]
         return reference.maxsim_backward(grad, *rows, argmax, mean)
-    from m3kernels.maxsim import triton_kernels
-
-    tiles = _tiles.for_device("maxsim", queries.device)
+    kernels, tiles = gpu_support.triton_kernels("maxsim", queries.device)
     with torch.cuda.device(queries.device):
-        return triton_kernels.backward(grad, *rows, zero_floor, argmax, mean, allow_tf32, tiles)
+        grads: tuple[Tensor, Tensor] = kernels.backward(grad, *rows, zero_floor, argmax, mean, allow_tf32, tiles)
+    return grads
 
 
 def _pairs_forward_cuda(
@@ -284,13 +282,12 @@ def _pairs_forward_cuda(
     allow_tf32: bool,
 ) -> Tensor:
     rows = (queries, passages, query_offsets, passage_offsets)
-    if queries.dtype == torch.float64:
+    if queries.dtype == torch.float64 or gpu_support.reference_wanted():
         return reference.maxsim_pairs(*rows, pairs, zero_floor, mean)
-    from m3kernels.maxsim import triton_kernels
-
-    tiles = _tiles.for_device("maxsim", queries.device)
+    kernels, tiles = gpu_support.triton_kernels("maxsim", queries.device)
     with torch.cuda.device(queries.device):
-        return triton_kernels.pairs_forward(*rows, pairs, zero_floor, mean, allow_tf32, tiles)
+        scores: Tensor = kernels.pairs_forward(*rows, pairs, zero_floor, mean, allow_tf32, tiles)
+    return scores
 
 
 def _pairs_backward_cuda(
@@ -305,13 +302,12 @@ def _pairs_backward_cuda(
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = (queries, passages, query_offsets, passage_offsets)
-    if queries.dtype == torch.float64:
+    if queries.dtype == torch.float64 or gpu_support.reference_wanted():
         return reference.maxsim_pairs_backward(grad, *rows, pairs, zero_floor, mean)
-    from m3kernels.maxsim import triton_kernels
-
-    tiles = _tiles.for_device("maxsim", queries.device)
+    kernels, tiles = gpu_support.triton_kernels("maxsim", queries.device)
     with torch.cuda.device(queries.device):
-        return triton_kernels.pairs_backward(grad, *rows, pairs, zero_floor, mean, allow_tf32, tiles)
+        grads: tuple[Tensor, Tensor] = kernels.pairs_backward(grad, *rows, pairs, zero_floor, mean, allow_tf32, tiles)
+    return grads
 
 
 for _name, _function in (

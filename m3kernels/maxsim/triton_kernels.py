@@ -35,6 +35,8 @@ from m3kernels.attention.triton_kernels import find_tile
 
 MOST_QUERY_ROWS = 128
 """Query rows in the widest tile: a call with fewer takes a narrower tile from the table."""
+SUM_BLOCKS = {"BLOCK_P": 32, "BLOCK_R": 32}
+"""Passages and query rows at a time in the small kernel that sums the maxima."""
 
 
 def forward(
@@ -55,8 +57,8 @@ def forward(
     )
     scores = torch.empty((query_offsets.shape[0] - 1, count), dtype=torch.float32, device=queries.device)
     if scores.numel():
-        sum_kernel[(scores.shape[0], triton.cdiv(count, 32))](
-            best, query_offsets, scores, queries.shape[0], count, MEAN=mean, BLOCK_P=32, BLOCK_R=32
+        sum_kernel[(scores.shape[0], triton.cdiv(count, SUM_BLOCKS["BLOCK_P"]))](
+            best, query_offsets, scores, queries.shape[0], count, MEAN=mean, **SUM_BLOCKS
         )
     return scores, argmax
 
@@ -194,9 +196,11 @@ def _gather(
     return grad_queries, grad_passages
 
 
-def compiled_arguments(kernel: Any, dtype: str, width: int) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
-    """For ahead-of-time compilation: Triton types of a kernel's arguments, its constants with every option on, and the
-    arguments that are multiples of 16 bytes or elements at every usual width."""
+def compiled_arguments(
+    kernel: Any, dtype: str, width: int, options: bool
+) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
+    """For ahead-of-time compilation: Triton types of a kernel's arguments, its constants with every option on or off,
+    and the arguments that are multiples of 16 bytes or elements at every usual width."""
     types = {
         "best_ptr": "*fp32",
         "scores_ptr": "*fp32",
@@ -211,9 +215,9 @@ def compiled_arguments(kernel: Any, dtype: str, width: int) -> tuple[dict[str, s
     for name in kernel.arg_names:
         default = f"*{dtype}" if name.endswith("_ptr") else "constexpr" if name.isupper() else "i32"
         signature[name] = types.get(name, default)
-    options = {"FLOOR": True, "LISTED": True, "SAVE": True, "MEAN": True}
+    switches = dict.fromkeys(("FLOOR", "LISTED", "SAVE", "MEAN"), options)
     aligned = tuple(name for name in signature if name.endswith("_ptr") or name == "width")
-    return signature, {name: value for name, value in options.items() if name in signature}, aligned
+    return signature, {name: value for name, value in switches.items() if name in signature}, aligned
 
 
 def _precision(allow_tf32: bool) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3kernels import _library
+from m3kernels import _library, gpu_support
 from m3kernels._checks import check_offset_values
 from m3kernels.sparse import reference
 from m3kernels.sparse.batch import NO_ID
@@ -37,7 +37,10 @@ def _kernel(name: str, values: Tensor) -> Callable[..., Any]:
     """What computes op `name` for the device and dtype of `values`."""
     compiled = None
     if values.dtype != torch.float64:
-        compiled = _library.cpu_kernel(name) if values.device.type == "cpu" else _library.cuda_kernel(name)
+        if values.device.type == "cpu":
+            compiled = _library.cpu_kernel(name)
+        elif not gpu_support.reference_wanted():
+            compiled = gpu_support.cuda_kernel(name, values.device)
     meaning: Callable[..., Any] = getattr(reference, name)
     return meaning if compiled is None else compiled
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from m3model.cli.bench import bench
 from m3model.cli.data import data
 from m3model.cli.demo import demo
 from m3model.cli.doctor import doctor
@@ -80,7 +81,7 @@ def _options(
     """Options before the command."""
 
 
-for _command in (encode, index, search, score, explain, mine, doctor, demo):
+for _command in (encode, index, search, score, explain, mine, doctor, bench, demo):
     app.command()(_command)
 app.command("eval")(evaluate)
 # Its options are those of transformers.TrainingArguments and more, read by argparse in the command itself.

@@ -6,6 +6,7 @@ import platform
 import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
 
 import typer
 
@@ -24,13 +25,21 @@ _PACKAGES = (
 )
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    arch: Annotated[
+        list[int] | None,
+        typer.Option(help="Show also what would run on a GPU of this architecture, such as 75 or 90; may be repeated."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what was compiled and what runs here, and check every op against its reference (status 1: one fails)."""
-    from m3kernels import build_info
+    from m3kernels import build_info, gpu_support
     from m3kernels.self_check import self_check
     from m3model.cli.output import print_json, print_table
 
     build = build_info()
+    served = gpu_support.served()
+    served += gpu_support.served_by_gpus({f"sm_{number}": divmod(number, 10) for number in arch or ()})
     checks = self_check()
     versions = {name: _version(name) for name in _PACKAGES}
     if as_json:
@@ -40,6 +49,7 @@ def doctor(as_json: AsJson = False) -> None:
                 "platform": platform.platform(),
                 "versions": versions,
                 "build": asdict(build),
+                "served": [one._asdict() for one in served],
                 "checks": [check._asdict() for check in checks],
             }
         )
@@ -57,6 +67,7 @@ def doctor(as_json: AsJson = False) -> None:
             "GPUs": ", ".join(build.device_names) or "none seen by torch",
         }
         print_table(["", "this installation"], [[name, value] for name, value in facts.items()])
+        print_table(["op", "device", "runs", "why not its kernel"], [list(one) for one in served])
         rows = [
             [check.op, check.device, "ok" if check.passed else "FAILED", f"{check.error:.1e}", f"{check.tolerance:.1e}"]
             for check in checks

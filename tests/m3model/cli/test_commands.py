@@ -60,11 +60,11 @@ def test_help_comes_without_torch() -> None:
     program += "    print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.strip().endswith("[]"), done.stderr
-    for command in ("encode", "index", "search", "score", "data", "mine", "doctor", "demo"):
+    for command in ("encode", "index", "search", "score", "data", "mine", "doctor", "bench", "demo"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["encode", "index", "search", "score", "data", "mine", "doctor", "demo"])
+@pytest.mark.parametrize("command", ["encode", "index", "search", "score", "data", "mine", "doctor", "bench", "demo"])
 def test_every_command_has_help(command: str) -> None:
     result = m3(command, "--help")
     assert result.exit_code == 0 and "Usage: " in result.stdout
