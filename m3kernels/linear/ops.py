@@ -151,7 +151,8 @@ def _grad_of_product(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     """Gradient to u = x weightᵀ + bias, which is computed again where the GELU's slope depends on it."""
     if not gelu:
         return grad
-    return torch.ops.aten.gelu_backward(grad, torch.nn.functional.linear(x, weight, bias))
+    sloped: Tensor = torch.ops.aten.gelu_backward(grad, torch.nn.functional.linear(x, weight, bias))
+    return sloped
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
