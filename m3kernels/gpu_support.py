@@ -24,7 +24,7 @@ from m3kernels.fatbin import cuda_architectures
 __all__ = ["Served", "cuda_kernel", "reference_wanted", "served", "served_by_gpus", "triton_kernels"]
 
 OLDEST_TRITON = (3, 6)
-"""Of the torch releases that are supported, 2.10 brings this one. The kernels were compiled with 3.6, 3.7 and 3.8."""
+"""The Triton of torch 2.10, the oldest torch supported. The tables and tests were made with 3.7.1 only."""
 TRITON_OPS = {"attention": "attention", "maxsim": "late interaction"}
 CUDA_OPS = {"sparse": "sparse head and scores", "packing": "pack and unpack"}
 _HINT = "M3_GPU_REFERENCE=1 runs the plain PyTorch reference instead"
