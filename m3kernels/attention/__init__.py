@@ -41,7 +41,7 @@ def flash_attention_varlen(
             the first row of its sequence, never to itself, and to every other row with this probability in (0, 1].
             A row with nothing to attend to gives 0.
         dropout_p: probability in [0, 1) of dropping an attention probability. Hashing costs time: on the CPU of
-            benchmarks/results/attention.csv 5 % of a forward, 7 % with its backward.
+            benchmarks/results/attention.csv 5 to 8 % of a forward, 5 to 7 % with its backward.
         seed: non-negative 64-bit number from which keep_probability and dropout_p draw, the same on every device.
         allow_tf32: let a GPU multiply float32 inputs in tf32.
 
@@ -49,7 +49,7 @@ def flash_attention_varlen(
         [T, H, D] in the dtype of q, differentiable in q, k and v.
 
     Accuracy at length L, as the largest error relative to the largest entry: in float32, output and gradients stay
-    below 2e-6·√L. In bfloat16 and float16, of unit u = eps / 2, the output stays below 2 u (it is rounded once) and
+    below 2e-6·√(L + D). In bfloat16 and float16, of unit u = eps / 2, the output stays below 2 u (rounded once) and
     gradients below 8 u (the rounded output enters them). GPU kernels also round the probabilities to 16 bits: 2 u and
     4 u, as ratios of norms. A CPU widens 16-bit inputs as it reads them, so there they save memory, not time: no kernel
     uses the bf16 dot products of AVX-512-BF16 or AMX.

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from m3model.folder import flush
 from m3model.retrieval.segment import Segment
 
 __all__ = ["FORMAT", "VERSION", "Manifest", "is_index", "read_index", "write_index"]
@@ -166,7 +167,7 @@ def _write_segment(folder: Path, segment: Segment) -> dict[str, dict[str, int]]:
             file.flush()
             os.fsync(file.fileno())
         facts[f"{name}.npy"] = {"bytes": writer.written, "crc32": writer.crc32}
-    _flush_folder(folder)
+    flush(folder)
     return facts
 
 
@@ -177,10 +178,10 @@ def _write_manifest(folder: Path, values: dict[str, Any]) -> None:
         json.dump({**values, "crc32": zlib.crc32(content)}, file, indent=1, ensure_ascii=True)
         file.flush()
         os.fsync(file.fileno())
-    _flush_folder(folder)
+    flush(folder)
     os.replace(fresh, folder / MANIFEST)
-    _flush_folder(folder)
-    _flush_folder(folder.parent)
+    flush(folder)
+    flush(folder.parent)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -271,14 +272,6 @@ def _crc32(path: Path) -> int:
         while chunk := file.read(_CHUNK):
             value = zlib.crc32(chunk, value)
     return value
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ import torch
 from numpy.typing import NDArray
 
 from m3model.embeddings import EncodedTexts
+from m3model.folder import flush
 from m3model.retrieval.exact import ExactIndex
 from m3model.retrieval.fingerprint import fingerprint
 from m3model.retrieval.interface import CANDIDATES, RERANK, Head, Ranking
@@ -205,7 +206,7 @@ def mine_hard_negatives(
         part = folder / _PART
         _mine(index, source, part, scan, encoder, options, summary, progress)
         os.replace(part, target)
-        _flush_folder(target.parent)
+        flush(target.parent)
         shutil.rmtree(folder)
     return summary
 
@@ -468,11 +469,3 @@ def _alone(folder: Path, target: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise RuntimeError(f"another process mines into {target}") from error
         yield
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
