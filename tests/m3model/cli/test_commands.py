@@ -262,7 +262,7 @@ def test_a_cut_text_is_told_on_stderr(folder: Path) -> None:
         (["score", "-m", "MODEL", "only a query"], "at least one passage"),
         (["score", "-m", "MODEL"], "give a query"),
         (["demo", "--tokens", "5"], "tokens"),
-        (["train"], "No such command"),
+        (["no-such-command"], "No such command"),
     ],
 )
 def test_bad_arguments_exit_with_2(arguments: list[str], message: str, folder: Path, index: Path) -> None:
