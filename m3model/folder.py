@@ -23,7 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["atomic_folder", "check_state", "encoder_weights", "flush", "head_weights", "locate", "write_weights"]
+from m3model.files import flush
+
+__all__ = ["atomic_folder", "check_state", "encoder_weights", "head_weights", "locate", "write_weights"]
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HUB_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*_linear.pt", "*.model", "vocab.txt")
@@ -163,15 +165,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def flush(path: Path) -> None:
-    """Write a file or a folder's list of names to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from m3model.cli.options import (
     load_model,
     torch_dtype,
 )
+from m3model.files import whole_file
 
 if TYPE_CHECKING:
     from m3model.embeddings import EncodedTexts
@@ -204,12 +205,5 @@ def _save(path: Path, ids: list[str], encoded: EncodedTexts) -> None:
     if encoded.multi_vector is not None:
         arrays["multi_vector_rows"] = encoded.multi_vector.rows.numpy()
         arrays["multi_vector_offsets"] = encoded.multi_vector.offsets.numpy()
-    fresh = path.with_name(f".{path.name}.new")
-    try:
-        with open(fresh, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        np.savez(file, **arrays)

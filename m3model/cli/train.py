@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from m3model.files import write_whole
+
 if TYPE_CHECKING:
     from m3model.training import DataSource, M3Trainer, M3TrainingArguments
 
@@ -160,8 +162,8 @@ def _source(text: str) -> DataSource:
 def _write_arguments(run: _Run, args: M3TrainingArguments) -> None:
     """What was asked for, beside the model."""
     content = {"model": run.model, "train": run.train, "dev": run.dev, **args.to_dict()}
-    path = Path(args.output_dir) / "arguments.json"
-    path.write_text(json.dumps(content, indent=2, default=str, ensure_ascii=False), encoding="utf-8")
+    arguments = json.dumps(content, indent=2, default=str, ensure_ascii=False)
+    write_whole(Path(args.output_dir) / "arguments.json", arguments)
 
 
 def _show(run: _Run, trainer: M3Trainer, measured: Mapping[str, float], seconds: float) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from m3model.demo.docstrings import Pair
+from m3model.files import write_whole
 from m3model.model import M3Model
 from m3model.retrieval import fingerprint
 
@@ -46,7 +47,7 @@ def fine_tuned(model: M3Model, pairs: Sequence[Pair], folder: Path, steps: int) 
     """
     rows = [json.dumps({"query": pair.summary, "pos": [pair.body[:_BODY_CHARACTERS]]}) + "\n" for pair in pairs]
     data = folder / "train.jsonl"
-    data.write_text("".join(rows), encoding="utf-8")
+    write_whole(data, "".join(rows))
     made_of = {
         "steps": steps,
         "rows": hashlib.sha256("".join(rows).encode()).hexdigest(),
@@ -62,7 +63,7 @@ def fine_tuned(model: M3Model, pairs: Sequence[Pair], folder: Path, steps: int) 
     if work.is_dir() and not (marker.is_file() and json.loads(marker.read_text()) == made_of):
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
-    marker.write_text(json.dumps(made_of))
+    write_whole(marker, json.dumps(made_of))
     _train(model, data, work, steps)
     model.config = replace(model.config, others={**model.config.others, "fine_tuned": made_of})
     model.save_pretrained(target)

@@ -40,6 +40,7 @@ from m3model.demo.questions import QUESTIONS
 from m3model.demo.token_weights import fit_token_weights
 from m3model.embedded import make_embedded_backbone
 from m3model.embeddings import EncodedTexts
+from m3model.files import write_whole
 from m3model.model import M3Model
 from m3model.retrieval import ExactIndex, Head, Ranking, fingerprint, same_model
 from m3model.retrieval.storage import is_index
@@ -131,8 +132,8 @@ def _collection(folder: Path, model: M3Model, tokens: int) -> _Collection:
     used = sum(length_of[pair.name] for pair in chosen)
     lines = [json.dumps({"id": p.name, "summary": p.summary, "text": p.body}, ensure_ascii=False) for p in chosen]
     content = ("\n".join(lines) + "\n").encode("utf-8")
-    _write(path, content)
-    _write(facts_path, json.dumps({"made_of": facts, "sha256": _sha256(content), "tokens": used}).encode())
+    write_whole(path, content)
+    write_whole(facts_path, json.dumps({"made_of": facts, "sha256": _sha256(content), "tokens": used}))
     longest = max(length_of[pair.name] for pair in chosen)
     message(
         f"  {len(chosen)} of {len(pairs)} pairs, {used} of {sum(lengths)} tokens, the longest body {longest} tokens"
@@ -220,7 +221,7 @@ def _measured(path: Path, model: M3Model, pairs: Sequence[Pair]) -> _Measured:
         rankings = index.search(queries, 10, head=head, weights=weights, rerank=_DEPTH)
         places[str(head)] = [_place(ranking.ids, pair.name) for ranking, pair in zip(rankings, reporting)]
     result = _Measured(weights, len(choosing), places)
-    _write(path, json.dumps({"made_of": made_of, **result._asdict()}).encode())
+    write_whole(path, json.dumps({"made_of": made_of, **result._asdict()}))
     return result
 
 
@@ -318,13 +319,3 @@ def _mrr(places: Sequence[int]) -> float:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    fresh = path.with_name(f".{path.name}.new")
-    with open(fresh, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)

@@ -22,6 +22,7 @@ from m3model.evaluation.datasets.mkqa import judge_by_answers
 from m3model.evaluation.metrics import PerQuery, per_query
 from m3model.evaluation.tasks import Task
 from m3model.evaluation.trec import write_qrels, write_run
+from m3model.files import write_whole
 
 __all__ = ["Results", "TaskSummary", "evaluate", "file_name"]
 
@@ -51,11 +52,8 @@ class Results:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, complete or not at all."""
-        target = Path(path)
-        beside = target.with_name(f".{target.name}.part")
         content = {"tasks": [asdict(task) for task in self.tasks], "values": self.values}
-        beside.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        beside.replace(target)
+        write_whole(Path(path), json.dumps(content, ensure_ascii=False))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Results:

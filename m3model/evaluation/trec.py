@@ -19,6 +19,7 @@ import numpy as np
 
 from m3model.evaluation.files import open_text
 from m3model.evaluation.tasks import Qrels, Run
+from m3model.files import write_whole
 
 __all__ = ["ranked", "read_qrels", "read_run", "write_qrels", "write_run"]
 
@@ -53,7 +54,7 @@ def write_run(run: Run, path: str | os.PathLike[str], system: str) -> None:
         _check_ids(scores, "passage")
         for place, (passage, score) in enumerate(ranked(scores).items(), 1):
             lines.append(f"{query} Q0 {passage} {place} {score:.9g} {system}\n")
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    write_whole(Path(path), "".join(lines))
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
@@ -86,7 +87,7 @@ def write_qrels(qrels: Qrels, path: str | os.PathLike[str]) -> None:
     for query, judged in qrels.items():
         _check_ids(judged, "passage")
         lines += [f"{query} 0 {passage} {relevance}\n" for passage, relevance in judged.items()]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    write_whole(Path(path), "".join(lines))
 
 
 def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:

@@ -10,22 +10,20 @@ manifest holds size and CRC-32 of every file; files are mapped into memory, so a
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3model.folder import flush
+from m3model.files import flush, locked, write_whole
 from m3model.retrieval.segment import Segment
 
 __all__ = ["FORMAT", "VERSION", "Manifest", "is_index", "read_index", "write_index"]
@@ -172,15 +170,9 @@ def _write_segment(folder: Path, segment: Segment) -> dict[str, dict[str, int]]:
 
 
 def _write_manifest(folder: Path, values: dict[str, Any]) -> None:
-    content = _canonical(values)
-    fresh = folder / f".{MANIFEST}.new"
-    with open(fresh, "w", encoding="utf-8") as file:
-        json.dump({**values, "crc32": zlib.crc32(content)}, file, indent=1, ensure_ascii=True)
-        file.flush()
-        os.fsync(file.fileno())
+    content = json.dumps({**values, "crc32": zlib.crc32(_canonical(values))}, indent=1, ensure_ascii=True)
     flush(folder)
-    os.replace(fresh, folder / MANIFEST)
-    flush(folder)
+    write_whole(folder / MANIFEST, content)
     flush(folder.parent)
 
 
@@ -274,11 +266,5 @@ def _crc32(path: Path) -> int:
     return value
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"another process is writing the index {folder}") from error
-        yield
+def _locked(folder: Path) -> AbstractContextManager[None]:
+    return locked(folder / ".lock", f"another process is writing the index {folder}")

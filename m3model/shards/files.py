@@ -11,12 +11,10 @@ documents of the input it was made of.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +22,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from m3model.folder import flush
+from m3model import files
 from m3model.retrieval.segment import Segment
 
 __all__ = [
@@ -79,25 +77,19 @@ def check_folder(folder: Path) -> None:
             raise FileExistsError(f"{folder} holds {foreign[0]!r}, but no encoding; shards need a folder of their own")
 
 
-@contextmanager
-def locked(folder: Path, rank: int) -> Iterator[None]:
-    """The lock of one rank; it falls with the process, however that ends. Every run has a rank 0.
+def locked(folder: Path, rank: int) -> AbstractContextManager[None]:
+    """The lock of one rank. Every run has a rank 0.
 
     Raises:
         RuntimeError: another process holds it.
     """
-    with open(folder / f".lock-{rank}", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"another process encodes into {folder}") from error
-        yield
+    return files.locked(folder / f".lock-{rank}", f"another process encodes into {folder}")
 
 
 def write_manifest(folder: Path, manifest: Manifest, rank: int) -> None:
     values = {"format": FORMAT, "version": VERSION, **manifest._asdict()}
     content = json.dumps({**values, "crc32": zlib.crc32(_canonical(values))}, indent=1, sort_keys=True)
-    _write(folder / MANIFEST, content.encode(), rank)
+    files.write_whole(folder / MANIFEST, content, f"rank-{rank}")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -135,7 +127,7 @@ def write_shard(folder: Path, number: int, origin: ShardOrigin, segment: Segment
     arrays = {name: np.ascontiguousarray(array) for name, array in segment.arrays().items()}
     facts = {"number": number, **origin._asdict()}
     header = json.dumps({**facts, "crc32": _checksum(facts, arrays)})
-    _write(path, safetensors.numpy.save(arrays, {"shard": header}), rank)
+    files.write_whole(path, safetensors.numpy.save(arrays, {"shard": header}), f"rank-{rank}")
 
 
 def present_shards(folder: Path) -> list[int]:
@@ -205,17 +197,3 @@ def _checksum(facts: Mapping[str, Any], arrays: Mapping[str, Any]) -> int:
 
 def _canonical(values: Any) -> bytes:
     return json.dumps(values, sort_keys=True, ensure_ascii=True).encode()
-
-
-def _write(path: Path, content: bytes, rank: int) -> None:
-    """Write a file that appears complete or not at all, and survives a loss of power once this returns."""
-    fresh = path.with_name(f".{path.name}.rank-{rank}.new")
-    try:
-        with open(fresh, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
-    flush(path.parent)

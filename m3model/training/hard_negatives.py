@@ -17,14 +17,12 @@ rows mined so far. A killed run goes on from there when it is repeated, and ends
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import compress, islice
 from pathlib import Path
@@ -35,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 
 from m3model.embeddings import EncodedTexts
-from m3model.folder import flush
+from m3model.files import flush, locked, write_whole
 from m3model.retrieval.exact import ExactIndex
 from m3model.retrieval.fingerprint import fingerprint
 from m3model.retrieval.interface import CANDIDATES, RERANK, Head, Ranking
@@ -198,7 +196,7 @@ def mine_hard_negatives(
     scan = _scan(source, corpus)
     folder = target.with_name(f"{target.name}.mining")
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder, target):
+    with locked(folder / "lock", f"another process mines into {target}"):
         _check_state(folder, {"mark": scan.mark, "options": _plain(options)}, restart)
         encoder = _Encoder(model, options, batch_tokens)
         summary = MiningSummary(len(scan.digests))
@@ -439,9 +437,7 @@ def _check_state(folder: Path, state: dict[str, Any], restart: bool) -> None:
             other += ["rows or corpus"] if before["mark"] != state["mark"] else []
             raise ValueError(f"{folder} holds an unfinished run with other {', '.join(other)}; restart forgets it")
         return
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(state))
-    os.replace(fresh, path)
+    write_whole(path, json.dumps(state))
 
 
 def _keep_whole_blocks(file: BinaryIO, block: int, rows: int) -> int:
@@ -458,14 +454,3 @@ def _keep_whole_blocks(file: BinaryIO, block: int, rows: int) -> int:
     file.truncate(end)
     file.seek(end)
     return kept
-
-
-@contextmanager
-def _alone(folder: Path, target: Path) -> Iterator[None]:
-    """No other process mines into the same file meanwhile."""
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"another process mines into {target}") from error
-        yield

@@ -37,7 +37,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from m3model.embeddings import M3Embeddings
 from m3model.encoding import pack_ids
-from m3model.folder import flush
+from m3model.files import flush
 from m3model.model import M3Model, Role
 from m3model.training.arguments import M3TrainingArguments
 from m3model.training.batching import LengthGroupedBatchSampler, TrainingBatch, TrainingCollator

@@ -36,9 +36,8 @@ for line in sys.stdin:
 def test_kill_at_ten_random_moments_loses_and_doubles_nothing(folder: Path, model: M3Model, tmp_path: Path) -> None:
     draw = random.Random(time.time_ns())  # other moments in every run
     words = ["the", "river", "city", "bridge", "matrix", "vector", "eigenvalue", "north", "south"]
-    texts = [
-        " ".join(draw.choices(words, k=draw.randint(0, 40))) for _ in range(2000)
-    ]  # never done before the tenth kill
+    # So many that no machine is done before the tenth kill.
+    texts = [" ".join(draw.choices(words, k=draw.randint(0, 40))) for _ in range(2000)]
     source, out = tmp_path / "texts.jsonl", tmp_path / "encoded"
     source.write_text("".join(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(texts)))
     arguments = ["encode", "-m", folder, source, "--out", out, "--multi-vector", "--shard-characters", "500"]
