@@ -18,15 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3kernels import SparseBatch, maxsim, maxsim_pairs, sparse_scores
+from m3kernels import maxsim, maxsim_pairs, sparse_scores
 from m3model.embeddings import M3Embeddings
 
-__all__ = ["DEFAULT_WEIGHTS", "SCORE_NAMES", "check_weights", "combine", "score_embeddings"]
+__all__ = ["DEFAULT_WEIGHTS", "HEADS", "SCORE_NAMES", "check_weights", "combine", "head_scores", "score_embeddings"]
 
 DEFAULT_WEIGHTS = (1.0, 0.3, 1.0)
 """Weights of dense, sparse and multi-vector in the sum, as in the paper (section 4.1, MIRACL and MKQA)."""
 
-SCORE_NAMES = ("dense", "sparse", "multi_vector", "dense+sparse", "all")
+HEADS = ("dense", "sparse", "multi_vector")
+
+SCORE_NAMES = (*HEADS, "dense+sparse", "all")
 
 
 def score_embeddings(
@@ -52,24 +54,39 @@ def score_embeddings(
         ValueError: a representation is missing, or the weights are not as `combine` wants them.
     """
     check_weights(weights)
-    query_dense, query_sparse, query_rows = _parts("queries", queries)
-    passage_dense, passage_sparse, passage_rows = _parts("passages", passages)
-    rows = (query_rows.rows, passage_rows.rows, query_rows.offsets, passage_rows.offsets)
+    for name, embeddings in (("queries", queries), ("passages", passages)):
+        absent = [head for head in HEADS if getattr(embeddings, head) is None]
+        if absent:
+            raise ValueError(f"{name} have no {', '.join(absent)}; all three representations are needed")
     if pairs is None:
-        scores = {
-            "dense": query_dense @ passage_dense.T,
-            "sparse": sparse_scores(query_sparse, passage_sparse),
-            "multi_vector": maxsim(*rows, zero_floor=zero_floor),
-        }
+        scores = {head: head_scores(head, queries, passages, zero_floor=zero_floor) for head in HEADS}
     else:
         _check_pairs(pairs, len(queries), len(passages))
         left, right = pairs[:, 0].long(), pairs[:, 1].long()
+        rows, passage_rows = queries.multi_vector, passages.multi_vector
+        assert rows is not None and passage_rows is not None
         scores = {
-            "dense": (query_dense[left] * passage_dense[right]).sum(1),
+            "dense": (torch.as_tensor(queries.dense)[left] * torch.as_tensor(passages.dense)[right]).sum(1),
             "sparse": _sparse_pairs(queries, passages, left, right),
-            "multi_vector": maxsim_pairs(*rows, pairs, zero_floor=zero_floor),
+            "multi_vector": maxsim_pairs(
+                rows.rows, passage_rows.rows, rows.offsets, passage_rows.offsets, pairs, zero_floor=zero_floor
+            ),
         }
     return combine({name: score.float() for name, score in scores.items()}, weights)
+
+
+def head_scores(
+    head: str, queries: M3Embeddings[Any], passages: M3Embeddings[Any], *, zero_floor: bool | Tensor = False
+) -> Tensor:
+    """[Nq, Np], the scores of one of HEADS, of embeddings that have its representation."""
+    if head == "dense":
+        return torch.as_tensor(queries.dense) @ torch.as_tensor(passages.dense).T
+    if head == "sparse":
+        assert queries.sparse is not None and passages.sparse is not None
+        return sparse_scores(queries.sparse, passages.sparse)
+    left, right = queries.multi_vector, passages.multi_vector
+    assert left is not None and right is not None
+    return maxsim(left.rows, right.rows, left.offsets, right.offsets, zero_floor=zero_floor)
 
 
 def combine(scores: Mapping[str, Tensor], weights: Sequence[float] = DEFAULT_WEIGHTS) -> dict[str, Tensor]:
@@ -93,14 +110,6 @@ def check_weights(weights: Sequence[float]) -> None:
             f"weights are {values}; accepted: three numbers of at least 0 for dense, sparse and multi-vector,"
             " the first two not both 0"
         )
-
-
-def _parts(name: str, embeddings: M3Embeddings[Any]) -> tuple[Tensor, SparseBatch, Any]:
-    absent = [part for part in ("dense", "sparse", "multi_vector") if getattr(embeddings, part) is None]
-    if absent:
-        raise ValueError(f"{name} have no {', '.join(absent)}; all three representations are needed")
-    assert embeddings.sparse is not None
-    return torch.as_tensor(embeddings.dense), embeddings.sparse, embeddings.multi_vector
 
 
 def _check_pairs(pairs: Tensor, queries: int, passages: int) -> None:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from transformers import TrainingArguments
 
-from m3model.training.losses import HEADS
+from m3model.scoring import HEADS
 
 __all__ = ["M3TrainingArguments"]
 

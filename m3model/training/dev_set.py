@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
-from m3kernels import maxsim, sparse_scores
 from m3model.embeddings import EncodedTexts
 from m3model.evaluation import per_query
 from m3model.model import M3Model, Role
+from m3model.scoring import HEADS, head_scores
 from m3model.training.data import TrainingRow
-from m3model.training.losses import HEADS
 
 __all__ = ["DevSet"]
 
@@ -86,7 +84,7 @@ class DevSet:
         runs: dict[str, dict[str, dict[str, float]]] = {}
         for begin in range(0, len(self.queries), _QUERIES_AT_ONCE):
             some = queries.select(slice(begin, begin + _QUERIES_AT_ONCE))
-            scores = {head: _scores(head, some, passages) for head in heads}
+            scores = {head: head_scores(head, some, passages) for head in heads}
             if len(scores) > 1:
                 scores["hybrid"] = sum(
                     (weight * scores[head] for head, weight in zip(HEADS, weights) if head in scores),
@@ -99,15 +97,3 @@ class DevSet:
         judged = {str(query): dict.fromkeys(map(str, places), 1) for query, places in enumerate(self.relevant)}
         measured = {name: per_query(run, judged, ["nDCG@10"])["nDCG@10"] for name, run in runs.items()}
         return {name: sum(values.values()) / len(values) for name, values in measured.items()}
-
-
-def _scores(head: str, queries: EncodedTexts, passages: EncodedTexts) -> Tensor:
-    """[Nq, Np] of one head."""
-    if head == "dense":
-        return torch.as_tensor(queries.dense) @ torch.as_tensor(passages.dense).T
-    if head == "sparse":
-        assert queries.sparse is not None and passages.sparse is not None
-        return sparse_scores(queries.sparse, passages.sparse)
-    left, right = queries.multi_vector, passages.multi_vector
-    assert left is not None and right is not None
-    return maxsim(left.rows, right.rows, left.offsets, right.offsets)

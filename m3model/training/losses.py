@@ -23,10 +23,9 @@ from torch.nn import functional
 
 from m3kernels import maxsim, maxsim_pairs, sparse_scores
 from m3model.embeddings import M3Embeddings
+from m3model.scoring import HEADS
 
-__all__ = ["HEADS", "M3Loss", "m3_loss"]
-
-HEADS = ("dense", "sparse", "multi_vector")
+__all__ = ["M3Loss", "m3_loss"]
 
 
 class M3Loss(NamedTuple):

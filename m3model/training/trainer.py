@@ -39,12 +39,13 @@ from m3model.embeddings import M3Embeddings
 from m3model.encoding import pack_ids
 from m3model.files import flush
 from m3model.model import M3Model, Role
+from m3model.scoring import HEADS
 from m3model.training.arguments import M3TrainingArguments
 from m3model.training.batching import LengthGroupedBatchSampler, TrainingBatch, TrainingCollator
 from m3model.training.data import TrainingDataset, TrainingRow
 from m3model.training.dev_set import DevSet
 from m3model.training.distributed import gather_embeddings
-from m3model.training.losses import HEADS, M3Loss, m3_loss
+from m3model.training.losses import M3Loss, m3_loss
 from m3model.training.split_batch import split_batch_backward
 
 __all__ = ["M3Trainer", "TrainingDivergedError", "last_checkpoint"]
