@@ -24,17 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from m3kernels import embed_tokens, flash_attention_varlen, layer_norm, linear
+from m3kernels import PackedLinear, embed_tokens, flash_attention_varlen, layer_norm, linear
 from m3kernels.packing import sequence_of_row
 from m3model.config import M3Config
+from m3model.quantization import QuantizedLinear
 
 __all__ = ["PackedEncoder"]
 
 _PROJECTIONS = ("query", "key", "value")
+_KINDS = ("weight", "weight_scale", "bias")
 
 
 class PackedEncoder(nn.Module):
-    """Hidden states of packed token ids.
+    """Hidden states of packed token ids. The embedding tables have no values before `initialize` or a state dict.
 
     Attributes:
         gradient_checkpointing: in training, keep only the input of each layer and compute it again in backward.
@@ -89,9 +91,9 @@ class _Embeddings(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.first_position = config.first_position
-        self.word_embeddings = nn.Embedding(config.vocab_size, width)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.word_embeddings = _table(config.vocab_size, width)
+        self.position_embeddings = _table(config.max_position_embeddings, width)
+        self.token_type_embeddings = _table(config.type_vocab_size, width)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = config.hidden_dropout_prob
 
@@ -114,6 +116,12 @@ class _Embeddings(nn.Module):
         summed = self.word_embeddings(token_ids) + self.token_type_embeddings.weight[0]
         summed = summed + self.position_embeddings(index + self.first_position)
         return F.dropout(self.LayerNorm(summed), self.dropout, self.training)
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """Without values (`initialize` draws them): nn.Embedding's own, drawn on the meta device, import torch's compiler,
+    which makes every start of a program that loads a model a second longer."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
 class _Layers(nn.Module):
@@ -153,27 +161,28 @@ class _SelfAttention(nn.Module):
         super().__init__()
         self.heads = config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.qkv: nn.Linear | QuantizedLinear = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.register_state_dict_post_hook(_split_projections)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_join_projections)  # type: ignore[no-untyped-call]
 
     def forward(self, hidden: Tensor, offsets: Tensor, max_length: int | None, seed: int) -> Tensor:
         rows, width = hidden.shape
-        qkv = linear(hidden, self.qkv.weight, self.qkv.bias) if _fused(self) else self.qkv(hidden)
+        qkv = linear(hidden, _weight(self.qkv), self.qkv.bias) if _fused(self) else self.qkv(hidden)
         q, k, v = qkv.view(rows, 3, self.heads, width // self.heads).unbind(1)
         dropout = self.dropout if self.training else 0.0
         return flash_attention_varlen(q, k, v, offsets, max_length, dropout_p=dropout, seed=seed).reshape(rows, width)
 
 
 def _split_projections(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
-    for kind in ("weight", "bias"):
-        fused = state.pop(f"{prefix}qkv.{kind}")
-        for name, part in zip(_PROJECTIONS, fused.chunk(3)):
-            state[f"{prefix}{name}.{kind}"] = part
+    for kind in _KINDS:
+        fused = state.pop(f"{prefix}qkv.{kind}", None)
+        if fused is not None:
+            for name, part in zip(_PROJECTIONS, fused.chunk(3)):
+                state[f"{prefix}{name}.{kind}"] = part
 
 
 def _join_projections(module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-    for kind in ("weight", "bias"):
+    for kind in _KINDS:
         names = [f"{prefix}{name}.{kind}" for name in _PROJECTIONS]
         if all(name in state for name in names):
             state[f"{prefix}qkv.{kind}"] = torch.cat([state.pop(name) for name in names])
@@ -184,11 +193,11 @@ class _Dense(nn.Module):
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, out)
+        self.dense: nn.Linear | QuantizedLinear = nn.Linear(width, out)
 
     def forward(self, x: Tensor) -> Tensor:
         if _fused(self):
-            return linear(x, self.dense.weight, self.dense.bias, activation="gelu")
+            return linear(x, _weight(self.dense), self.dense.bias, activation="gelu")
         return F.gelu(self.dense(x))
 
 
@@ -197,17 +206,21 @@ class _Residual(nn.Module):
 
     def __init__(self, width: int, config: M3Config) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, config.hidden_size)
+        self.dense: nn.Linear | QuantizedLinear = nn.Linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = config.hidden_dropout_prob
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         norm = self.LayerNorm
         if _fused(self):
-            summed = linear(x, self.dense.weight, self.dense.bias, residual=residual)
+            summed = linear(x, _weight(self.dense), self.dense.bias, residual=residual)
             return layer_norm(summed, norm.weight, norm.bias, eps=norm.eps)
         out: Tensor = norm(F.dropout(self.dense(x), self.dropout, self.training) + residual)
         return out
+
+
+def _weight(layer: nn.Linear | QuantizedLinear) -> Tensor | PackedLinear:
+    return layer.packed if isinstance(layer, QuantizedLinear) else layer.weight
 
 
 def _fused(module: nn.Module) -> bool:

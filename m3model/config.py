@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from m3model.quantization import Quantization, check_quantization
+
 __all__ = ["M3Config", "Pooling"]
 
 Pooling = Literal["cls", "mean"]
 _MODEL_TYPES = ("xlm-roberta", "bert")
+_QUANTIZED_BY = "m3kernels"
 _HEAD_KEYS = ("pooling", "query_prefix", "passage_prefix", "multi_vector_dim", "ignored_token_ids")
 _SIZES = (
     "vocab_size",
@@ -38,6 +41,7 @@ class M3Config:
         multi_vector_dim: width of the multi-vector rows.
         ignored_token_ids: ids that never enter the sparse vector: cls, eos, pad and unk. M3Model takes them from its
             tokenizer, if it has one.
+        quantization: of the encoder's linear layers, see M3Model.quantize; in config.json as `quantization_config`.
         others: keys of config.json that are not used here, kept for saving.
 
     Raises:
@@ -61,6 +65,7 @@ class M3Config:
     passage_prefix: str = ""
     multi_vector_dim: int = 1024
     ignored_token_ids: tuple[int, ...] = (0, 2, 1, 3)
+    quantization: Quantization | None = None
     others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -78,6 +83,8 @@ class M3Config:
             raise ValueError(f"max_position_embeddings {self.max_position_embeddings} leaves no position for a token")
         if self.pooling not in get_args(Pooling):
             raise ValueError(f"pooling is {self.pooling!r}; accepted: {', '.join(get_args(Pooling))}")
+        if self.quantization is not None:
+            check_quantization("quantization", self.quantization)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: at least 0, below 1")
@@ -111,13 +118,17 @@ class M3Config:
         unknown = sorted(set(section) - set(_HEAD_KEYS))
         if unknown:
             raise ValueError(f'config.json has unknown entries in "m3": {", ".join(unknown)}')
-        encoder_names = [entry.name for entry in fields(cls) if entry.name not in (*_HEAD_KEYS, "others")]
+        encoder_names = [
+            entry.name for entry in fields(cls) if entry.name not in (*_HEAD_KEYS, "others", "quantization")
+        ]
         encoder = {name: values[name] for name in encoder_names if values.get(name) is not None}
         encoder.setdefault("pad_token_id", 1 if values["model_type"] == "xlm-roberta" else 0)
         section.setdefault("multi_vector_dim", values["hidden_size"])
         section["ignored_token_ids"] = tuple(section.get("ignored_token_ids", _special_ids(values)))
-        others = {key: value for key, value in values.items() if key not in encoder_names and key != "m3"}
-        return cls(**encoder, **section, others=others)
+        used = (*encoder_names, "m3", "quantization_config")
+        others = {key: value for key, value in values.items() if key not in used}
+        quantization = (values.get("quantization_config") or {}).get("weights")
+        return cls(**encoder, **section, quantization=quantization, others=others)
 
     @classmethod
     def from_file(cls, path: Path) -> M3Config:
@@ -149,6 +160,9 @@ class M3Config:
         values = asdict(self)
         others = values.pop("others")
         section = {key: values.pop(key) for key in _HEAD_KEYS}
+        quantization = values.pop("quantization")
+        if quantization is not None:
+            others["quantization_config"] = {"quant_method": _QUANTIZED_BY, "weights": quantization}
         section["ignored_token_ids"] = list(section["ignored_token_ids"])
         architecture = "XLMRobertaModel" if self.model_type == "xlm-roberta" else "BertModel"
         defaults = {"architectures": [architecture], "hidden_act": "gelu", "position_embedding_type": "absolute"}
@@ -160,6 +174,9 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
     for name, accepted in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
         if values.get(name, accepted) != accepted:
             raise ValueError(f"{name} is {values[name]!r}; supported: {accepted!r}")
+    method = (values.get("quantization_config") or {}).get("quant_method", _QUANTIZED_BY)
+    if method != _QUANTIZED_BY:
+        raise ValueError(f"quantization_config has quant_method {method!r}; supported: {_QUANTIZED_BY!r}")
     for name in ("is_decoder", "add_cross_attention"):
         if values.get(name):
             raise ValueError(f"{name} is set; supported: encoders only")

@@ -85,7 +85,7 @@ def head_weights(folder: Path, name: str) -> dict[str, Tensor] | None:
     return state
 
 
-def check_state(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str) -> None:
+def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
     """Check names, shapes and values of loaded weights.
 
     Raises:
@@ -99,13 +99,15 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size],
         ]
         raise ValueError(f"the weights in {source} are not those that config.json describes; {'; '.join(parts)}")
     wrong = [
-        f"{name} is {tuple(state[name].shape)}, config.json says {tuple(shape)}"
-        for name, shape in expected.items()
-        if state[name].shape != shape
+        f"{name} is {tuple(state[name].shape)}, config.json says {tuple(like.shape)}"
+        for name, like in expected.items()
+        if state[name].shape != like.shape
     ]
     if wrong:
         raise ValueError(f"sizes in config.json disagree with the weights in {source}: {_shortened(wrong)}")
     for name, tensor in state.items():
+        if tensor.dtype == torch.int8 and expected[name].dtype == torch.int8:
+            continue
         if not tensor.is_floating_point():
             raise ValueError(f"{name} in {source} has dtype {tensor.dtype}; accepted: floating point")
         if not torch.isfinite(tensor).all():

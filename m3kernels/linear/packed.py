@@ -77,10 +77,18 @@ def pack_linear(weight: Tensor, dtype: torch.dtype | None = None) -> PackedLinea
     if depth > MOST_BYTE_DEPTH:
         raise ValueError(f"weight has {depth} inputs; accepted for int8: at most {MOST_BYTE_DEPTH}")
     scales = values.float().abs().amax(dim=1) / MOST_CODE
+    codes = (values.float() / torch.where(scales > 0, scales, 1.0)[:, None]).round()
+    return pack_codes(codes.to(torch.int8), scales)
+
+
+def pack_codes(codes: Tensor, scales: Tensor) -> PackedLinear:
+    """Int8 panels of codes int8 [N, K] with scales float32 [N], both as `pack_linear` makes them."""
+    columns, depth = codes.shape
+    filled = -(-columns // (2 * PANEL_COLUMNS)) * 2 * PANEL_COLUMNS
     steps = -(-depth // STEP_BYTES)
-    codes = values.new_zeros((filled, steps * STEP_BYTES), dtype=torch.int8)
-    codes[:columns, :depth] = (values.float() / torch.where(scales > 0, scales, 1.0)[:, None]).round()
-    panels = codes.view(filled // PANEL_COLUMNS, PANEL_COLUMNS, steps, STEP_BYTES).transpose(1, 2).contiguous()
+    rows = codes.new_zeros((filled, steps * STEP_BYTES))
+    rows[:columns, :depth] = codes
+    panels = rows.view(filled // PANEL_COLUMNS, PANEL_COLUMNS, steps, STEP_BYTES).transpose(1, 2).contiguous()
     return PackedLinear(panels, scales, columns, depth)
 
 

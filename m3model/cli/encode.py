@@ -19,6 +19,7 @@ from m3model.cli.options import (
     Lines,
     MaxLength,
     Model,
+    Quantize,
     load_model,
     torch_dtype,
 )
@@ -27,6 +28,7 @@ from m3model.files import whole_file
 if TYPE_CHECKING:
     from m3model.embeddings import EncodedTexts
     from m3model.model import M3Model
+    from m3model.quantization import Quantization
 
 
 def encode(
@@ -59,6 +61,7 @@ def encode(
     batch_tokens: BatchTokens = None,
     device: Device = "cpu",
     dtype: Dtype = FloatType.float32,
+    quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode texts: a table or JSON lines on stdout, a .npz file, or a folder of shards."""
@@ -77,14 +80,14 @@ def encode(
         "role": role,
     }
     if out is not None and out.suffix != ".npz":
-        _encode_shards(model, files, lines, out, shard_characters, device, dtype, chosen, as_json)
+        _encode_shards(model, files, lines, out, shard_characters, device, dtype, quantize, chosen, as_json)
         return
     if _place_among_processes()[1] > 1:
         raise typer.BadParameter("several processes write a folder of shards", param_hint="--out")
     if out is not None and row_dtype is FloatType.bfloat16:
         raise typer.BadParameter("a .npz file has no bfloat16; a folder of shards has", param_hint="--row-dtype")
     documents = list(read_documents(files, lines=lines))
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, quantize)
     texts = [document.text for document in documents]
     encoded = loaded.encode(texts, progress=stderr().is_terminal, **chosen)
     ids = [document.id for document in documents]
@@ -120,6 +123,7 @@ def _encode_shards(
     shard_characters: int | None,
     device: str,
     dtype: FloatType,
+    quantize: Quantization | None,
     chosen: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -132,7 +136,7 @@ def _encode_shards(
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     report = encode_shards(
-        load_model(model, device, dtype),
+        load_model(model, device, dtype, quantize),
         _Documents(files, lines),
         folder,
         **chosen,

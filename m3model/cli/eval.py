@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3model.cli.options import AsJson, BatchTokens, Device, Dtype, FloatType, MaxLength, Model, load_model
+from m3model.cli.options import AsJson, BatchTokens, Device, Dtype, FloatType, MaxLength, Model, Quantize, load_model
 
 if TYPE_CHECKING:
     from m3model.evaluation import HybridWeights, Results, System, Task
@@ -50,6 +50,7 @@ def evaluate(
     batch_tokens: BatchTokens = None,
     device: Device = "cpu",
     dtype: Dtype = FloatType.float32,
+    quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure all heads on a benchmark: report.md, report.html, TREC runs, and the leading measure as a table here.
@@ -63,7 +64,7 @@ def evaluate(
     tasks = _tasks(dataset, data, languages, settings, queries)
     chosen = _heads(heads)
     weights = None if preset is None else published(preset)
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, quantize)
     assert loaded.tokenizer is not None
     place = cache or out / "cache"
     system = M3System(

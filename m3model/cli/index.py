@@ -20,12 +20,14 @@ from m3model.cli.options import (
     Lines,
     MaxLength,
     OptionalModel,
+    Quantize,
     load_model,
     torch_dtype,
 )
 
 if TYPE_CHECKING:
     from m3model.embeddings import EncodedTexts
+    from m3model.quantization import Quantization
     from m3model.retrieval import ExactIndex
 
 
@@ -45,6 +47,7 @@ def index(
     block: Annotated[int, typer.Option(min=1, help="Documents encoded and saved at a time.")] = 256,
     device: Device = "cpu",
     dtype: Dtype = FloatType.float32,
+    quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
     """Index texts. Documents whose id the index holds are passed over, so a run that was stopped can be repeated."""
@@ -65,7 +68,7 @@ def index(
             "max_length": max_length,
             "batch_tokens": batch_tokens,
         }
-        collection, stream = _from_files(model, files, lines, out, block, device, dtype, chosen)
+        collection, stream = _from_files(model, files, lines, out, block, device, dtype, quantize, chosen)
     begin, before, read = time.monotonic(), len(collection), 0
     with document_bar("index") as advance:
         for stored in stream:
@@ -96,6 +99,7 @@ def _from_files(
     block: int,
     device: str,
     dtype: FloatType,
+    quantize: Quantization | None,
     chosen: dict[str, Any],
 ) -> tuple[ExactIndex, Iterator[list[str]]]:
     """The index, and the ids of each block as it is encoded and stored."""
@@ -104,9 +108,10 @@ def _from_files(
     from m3model.retrieval.streaming import ingest_stream
 
     documents = read_documents(files, lines=lines)
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, quantize)
     name = os.path.abspath(model) if os.path.isdir(model) else model
-    collection = _opened(out, fingerprint(loaded), {"model": name, "max_length": chosen["max_length"]})
+    metadata = {"model": name, "max_length": chosen["max_length"], "quantization": loaded.config.quantization}
+    collection = _opened(out, fingerprint(loaded), metadata)
 
     def embed(contents: Sequence[Mapping[str, Any]]) -> EncodedTexts:
         return loaded.encode([content["text"] for content in contents], **chosen)
@@ -121,7 +126,8 @@ def _from_shards(encoded: Path, out: Path, row_dtype: FloatType | None) -> tuple
     from m3model.shards import EncodedShards
 
     shards = EncodedShards(encoded)
-    metadata = {name: shards.options[name] for name in ("model", "max_length") if shards.options[name] is not None}
+    kept = ("model", "max_length", "quantization")
+    metadata = {name: shards.options[name] for name in kept if shards.options.get(name) is not None}
     collection = _opened(out, shards.fingerprint, metadata)
     rows = None if row_dtype is None else torch_dtype(row_dtype)
     return collection, ingest_shards(collection, shards, str(out), multi_vector_dtype=rows)

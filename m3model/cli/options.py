@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from m3model.model import M3Model
+    from m3model.quantization import Quantization
 
 __all__ = [
     "AsJson",
@@ -24,6 +25,7 @@ __all__ = [
     "MaxLength",
     "Model",
     "OptionalModel",
+    "Quantize",
     "Weights",
     "existing_files",
     "load_model",
@@ -81,6 +83,13 @@ Files = Annotated[
 Lines = Annotated[bool, typer.Option("--lines", help="Every line of a plain text file is a text of its own.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[FloatType, typer.Option(help="Type that the model computes in.")]
+Quantize = Annotated[
+    Literal["int8", "bf16"] | None,
+    typer.Option(
+        help="Weights of the encoder's linear layers in int8 or bfloat16 [default: as in the model's folder].",
+        show_default=False,
+    ),
+]
 MaxLength = Annotated[int, typer.Option(min=3, help="Tokens at which longer texts are cut.")]
 BatchTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens of one forward pass [default: 4096 on a CPU, 65536 on a GPU].")
@@ -97,7 +106,7 @@ def torch_dtype(name: FloatType) -> torch.dtype:
     return dtype
 
 
-def load_model(model: str, device: str, dtype: FloatType) -> M3Model:
+def load_model(model: str, device: str, dtype: FloatType, quantize: Quantization | None = None) -> M3Model:
     """The model, or an error that says what is wrong with the arguments."""
     import torch
 
@@ -109,4 +118,4 @@ def load_model(model: str, device: str, dtype: FloatType) -> M3Model:
             raise typer.BadParameter("torch sees no GPU here", param_hint="--device")
     except RuntimeError as error:
         raise typer.BadParameter(f"{device!r} is no device: cpu, cuda, cuda:1 ...", param_hint="--device") from error
-    return M3Model.from_pretrained(model, dtype=torch_dtype(dtype), device=place)
+    return M3Model.from_pretrained(model, dtype=torch_dtype(dtype), device=place, quantize=quantize)

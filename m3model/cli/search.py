@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from m3model.cli.options import AsJson, Device, Dtype, FloatType, Weights, existing_files, load_model, parse_weights
+from m3model.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
+    FloatType,
+    Quantize,
+    Weights,
+    existing_files,
+    load_model,
+    parse_weights,
+)
 
 if TYPE_CHECKING:
     from m3model.retrieval import ExactIndex, Ranking
@@ -32,6 +42,7 @@ def search(
     rerank: Annotated[int, typer.Option(min=1, help="Candidates that the multi-vector head reranks.")] = 200,
     device: Device = "cpu",
     dtype: Dtype = FloatType.float32,
+    quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
     """Search an index: a table for each query, or with --json a line of JSON."""
@@ -47,7 +58,7 @@ def search(
     name = model or collection.metadata.get("model")
     if name is None:
         raise typer.BadParameter("the index does not say which model made it", param_hint="--model")
-    loaded = load_model(name, device, dtype)
+    loaded = load_model(name, device, dtype, quantize or collection.metadata.get("quantization"))
     collection.check_model(fingerprint(loaded))
     embedded = loaded.encode(asked, role="query")
     found = collection.search(embedded, k, head=head, weights=mix, candidates=candidates, rerank=rerank)

@@ -65,7 +65,8 @@ class M3System:
         """
         Args:
             model: with tokenizer.
-            cache: folder of this model's encodings; made if it is not there.
+            cache: folder of this model's encodings; made if it is not there. Those of a quantized model, or in another
+                dtype than float32, are in a folder of their own within it.
             heads: which rankings to make; representations that none of them needs are not computed.
             name: put before the heads' names.
             weights: default those published for each task's dataset.
@@ -84,7 +85,7 @@ class M3System:
         self.heads = [head for head in HEADS if head in heads]
         self.max_length, self.query_max_length, self.batch_tokens = max_length, query_max_length, batch_tokens
         self.block, self.progress = block, progress
-        self._cache = Path(cache)
+        self._cache = Path(cache) / _precision(model)
         self._parts = {part for head in self.heads for part in _NEEDED[head]}
         self._fingerprint = fingerprint(model)
         self._open: dict[str, ExactIndex] = {}
@@ -174,6 +175,11 @@ class M3System:
         beside.replace(path)
         self.progress(f"{len(texts)} queries encoded")
         return embeddings
+
+
+def _precision(model: M3Model) -> str:
+    parts = [] if model.dtype == torch.float32 else [str(model.dtype).removeprefix("torch.")]
+    return "-".join([*parts, *([] if model.config.quantization is None else [model.config.quantization])])
 
 
 def _leaves(collection: Collection) -> list[Collection]:

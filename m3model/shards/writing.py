@@ -185,6 +185,7 @@ def _described(
     return {
         "model": model_name,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.config.quantization,
         "dense": options.dense,
         "sparse": options.sparse,
         "multi_vector": options.multi_vector,

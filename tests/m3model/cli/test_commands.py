@@ -122,6 +122,35 @@ def test_encode_writes_shards_and_index_takes_them(folder: Path, index: Path, do
     assert result.exit_code == 1 and "shard-00000001.safetensors is damaged" in result.stderr
 
 
+def test_quantization_goes_from_the_command_into_shards_and_index_and_on_to_the_search(
+    folder: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    load = M3Model.from_pretrained
+
+    def watched(*arguments: object, **options: object) -> M3Model:
+        loaded.append(options["quantize"])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(M3Model, "from_pretrained", watched)
+    shards, first, second = tmp_path / "shards", tmp_path / "first", tmp_path / "second"
+    for command in (
+        ("encode", "-m", folder, "--out", shards, "--multi-vector", "--quantize", "int8", documents),
+        ("index", "--encoded", shards, "-o", first),
+        ("index", "-m", folder, "-o", second, "--quantize", "bf16", documents),
+        ("search", first, "river"),
+        ("search", second, "river"),
+        ("search", second, "river", "--quantize", "int8"),
+    ):
+        assert m3(*command).exit_code == 0, command
+    assert loaded == ["int8", "bf16", "int8", "bf16", "int8"]
+    (line,) = json_lines(m3("encode", "-m", folder, "--quantize", "int8", "--json", stdin="the river"))
+    exact = M3Model.from_pretrained(folder, quantize=None).encode(["the river"]).dense[0]
+    assert line["dense"] != exact.tolist() and np.dot(line["dense"], exact) > 0.999
+    result = m3("encode", "-m", folder, "--out", shards, "--multi-vector", documents)
+    assert result.exit_code == 1 and "begun with quantization int8, now it is None" in result.stderr
+
+
 def test_processes_of_torchrun_share_the_shards(
     folder: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,7 @@ def test_runs_are_those_of_the_papers_search(model: M3Model, tmp_path: Path) -> 
 
 
 def test_encodings_are_used_again_and_bound_to_the_model(
-    model: M3Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, model: M3Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = M3System(model, tmp_path, weights=WEIGHTS).search(task(collection("all", 0, 6)))
     again = M3System(model, tmp_path, weights=WEIGHTS)
@@ -68,6 +68,10 @@ def test_encodings_are_used_again_and_bound_to_the_model(
     other = M3Model(model.config, model.tokenizer)
     with pytest.raises(ValueError, match=r"another model|not the one that made"):
         M3System(other, tmp_path, weights=WEIGHTS).search(task(collection("all", 0, 6)))
+    before = set(tmp_path.iterdir())
+    quantized = M3Model.from_pretrained(folder, quantize="int8")
+    M3System(quantized, tmp_path, weights=WEIGHTS).search(task(collection("all", 0, 6)))
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "int8"} and list((tmp_path / "int8").iterdir())
 
 
 def test_a_union_of_collections_ranks_as_one(model: M3Model, tmp_path: Path) -> None:

@@ -115,7 +115,9 @@ def test_an_empty_input_is_an_empty_encoding(model: M3Model, tmp_path: Path) -> 
         shards.read()
 
 
-def test_another_model_option_or_input_is_refused_and_changes_nothing(model: M3Model, tmp_path: Path) -> None:
+def test_another_model_option_or_input_is_refused_and_changes_nothing(
+    folder: Path, model: M3Model, tmp_path: Path
+) -> None:
     documents = collection()
     encode_shards(model, documents, tmp_path / "e", shard_characters=100)
     before = contents(tmp_path / "e")
@@ -125,6 +127,9 @@ def test_another_model_option_or_input_is_refused_and_changes_nothing(model: M3M
     for name, value in (("max_length", 8), ("role", "query"), ("dense", False), ("shard_characters", 50)):
         with pytest.raises(ValueError, match=f"begun with {name} .*, now it is {value}"):
             encode_shards(model, documents, tmp_path / "e", **{name: value})
+    quantized = M3Model.from_pretrained(folder, quantize="bf16")
+    with pytest.raises(ValueError, match="begun with quantization None, now it is bf16"):
+        encode_shards(quantized, documents, tmp_path / "e")
     changed = [*documents[:20], ("ü20", {"text": "another text"}), *documents[21:]]
     for wrong in (documents[:-1], [*documents, documents[0]], documents[::-1], changed):
         with pytest.raises(ValueError, match="begun with another input: 25 texts"):
