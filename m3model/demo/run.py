@@ -1,12 +1,11 @@
 """The demonstration from an empty folder to answered questions, in stages that a second run does not repeat.
 
-model         the embedded backbone as an M3 folder                       FOLDER/model
-collection    docstrings as pairs of summary and body, by a fixed rule     FOLDER/documents.jsonl
-token weights the sparse head fitted to the collection                     FOLDER/model
-before        summary -> body by each head, bodies cut at 192 tokens       FOLDER/before.json
-train         all heads on pairs that the collection does not hold         FOLDER/trained
-after         as before; hybrid weights chosen on half of the collection's pairs, reported on the others
-index         the bodies at full length, encoded by all three heads        FOLDER/index
+model         the embedded backbone as an M3 folder                                  FOLDER/model
+collection    docstrings as pairs of summary and body, by a fixed rule                FOLDER/documents.jsonl
+token weights the sparse head fitted to the collection                                FOLDER/model
+before        every summary looks for its body in the index of the model as it is     FOLDER/before.json
+train         all heads on pairs that the collection does not hold                    FOLDER/trained
+index         the bodies encoded by the trained model, and the summaries once more    FOLDER/index
 ask           questions in eight languages
 """
 
@@ -20,7 +19,6 @@ import shlex
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,9 +27,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.special import log_softmax
 
 from m3model.cli.output import document_bar, message, print_table, shortened, stdout
 from m3model.demo.docstrings import Pair, choose, collect
@@ -42,21 +37,20 @@ from m3model.embedded import make_embedded_backbone
 from m3model.embeddings import EncodedTexts
 from m3model.files import write_whole
 from m3model.model import M3Model
-from m3model.retrieval import ExactIndex, Head, Ranking, fingerprint, same_model
+from m3model.retrieval import ExactIndex, Head, fingerprint, same_model
 from m3model.retrieval.storage import is_index
 from m3model.retrieval.streaming import ingest_stream
+from m3model.scoring import DEFAULT_WEIGHTS
 
 __all__ = ["run_demo"]
 
 _RECIPE = 1
 _SAMPLE_TOKENS = 12_000
-_DEPTH = 100
 _BLOCK = 32
-_MEASURED_TOKENS = 192
 _LEAST_ROWS = 64
 _HEADS: tuple[Head, ...] = ("dense", "sparse", "multi_vector", "all")
-_HIGHEST_WEIGHT = 1000.0
-Weights = tuple[float, float, float]
+Places = dict[str, list[int]]
+"""Of the right body of every pair, by head; 1 for the first, 0 beyond the tenth."""
 
 
 def run_demo(folder: Path, tokens: int, steps: int) -> None:
@@ -69,35 +63,26 @@ def run_demo(folder: Path, tokens: int, steps: int) -> None:
         collection = _collection(folder, model, tokens)
     with _stage("token weights", "the sparse head, fitted to how rare words are in the collection"):
         model = _with_token_weights(folder, model, collection)
-    measured = []
-    with _stage("before", "find the body that belongs to a summary"):
-        measured.append(_measured(folder / "before.json", model, collection.pairs))
-    place = folder / "model"
+    measured, place = [], folder / "model"
+    what = f"{len(collection.pairs)} bodies, {collection.tokens} tokens; every summary looks for its body"
     rows = _training_pairs(collection) if steps else []
     if len(rows) >= _LEAST_ROWS:
+        with _stage("before", what):
+            measured.append(_before(folder, model, collection))
         with _stage("train", f"{steps} steps on {len(rows)} pairs that the collection does not hold"):
             model, place = fine_tuned(model, rows, folder, steps), folder / "trained"
-        with _stage("after", "find the body that belongs to a summary"):
-            measured.append(_measured(folder / "after.json", model, collection.pairs))
+    with _stage("index", what):
+        index = _index(folder / "index", place, model, collection)
+        measured.append(_places(index, model, collection.pairs))
     _show_measured(measured, len(collection.pairs))
-    with _stage("index", f"{len(collection.pairs)} bodies, {collection.tokens} tokens"):
-        index = _index(folder, place, model, collection)
     with _stage("ask", f"{len(QUESTIONS)} questions in {len({q.language for q in QUESTIONS})} languages"):
-        _ask(model, index, collection.pairs, measured[-1].weights)
-    _say_what_next(folder, place, measured[-1].weights, time.monotonic() - begin)
+        _ask(model, index, collection.pairs)
+    _say_what_next(folder, place, time.monotonic() - begin)
 
 
 class _Collection(NamedTuple):
     pairs: list[Pair]
     tokens: int
-
-
-class _Measured(NamedTuple):
-    """Hybrid weights, how many pairs they were chosen on, and the places of the right bodies of the others by head."""
-
-    weights: Weights
-    chosen_on: int
-    places: dict[str, list[int]]
 
 
 def _training_pairs(collection: _Collection) -> list[Pair]:
@@ -163,9 +148,9 @@ def _with_token_weights(folder: Path, model: M3Model, collection: _Collection) -
     return model
 
 
-def _index(folder: Path, place: Path, model: M3Model, collection: _Collection) -> ExactIndex:
+def _index(path: Path, place: Path, model: M3Model, collection: _Collection) -> ExactIndex:
     """The index of all bodies; what an earlier run has encoded is kept if model and collection are the same."""
-    path, mark = folder / "index", fingerprint(model)
+    mark = fingerprint(model)
     names = {pair.name for pair in collection.pairs}
     index = None
     if is_index(path):
@@ -196,91 +181,52 @@ def _index(folder: Path, place: Path, model: M3Model, collection: _Collection) -
     return index
 
 
-def _measured(path: Path, model: M3Model, pairs: Sequence[Pair]) -> _Measured:
-    """Places of the right bodies under each head, on half of the pairs; hybrid weights chosen on the others.
-
-    Kept in a file for the next run with the same model and pairs.
-    """
-    made_of = {"model": fingerprint(model), "pairs": _sha256("\n".join(pair.name for pair in pairs).encode())}
+def _before(folder: Path, model: M3Model, collection: _Collection) -> Places:
+    """What the untrained model finds, kept in a file for the next run; its index is not kept."""
+    path, index = folder / "before.json", folder / "before"
+    made_of = {"model": fingerprint(model), "pairs": _sha256("\n".join(p.name for p in collection.pairs).encode())}
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["made_of"] == made_of:
-            return _Measured(tuple(stored["weights"]), stored["chosen_on"], stored["places"])
-    choosing = [pair for pair in pairs if int(_sha256(pair.name.encode()), 16) % 2 == 0]
-    reporting = [pair for pair in pairs if int(_sha256(pair.name.encode()), 16) % 2 != 0]
-    index = ExactIndex(fingerprint(model))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*cut there")
-        bodies = model.encode([pair.body for pair in pairs], max_length=_MEASURED_TOKENS, progress=sys.stderr.isatty())
-    index.add([pair.name for pair in pairs], bodies)
-    queries = model.encode([pair.summary for pair in choosing], role="query")
-    weights = _choose_weights(index.search(queries, _DEPTH, rerank=_DEPTH), choosing)
-    queries = model.encode([pair.summary for pair in reporting], role="query")
-    places: dict[str, list[int]] = {}
+            return dict(stored["places"])
+    places = _places(_index(index, folder / "model", model, collection), model, collection.pairs)
+    write_whole(path, json.dumps({"made_of": made_of, "places": places}))
+    shutil.rmtree(index)
+    return places
+
+
+def _places(index: ExactIndex, model: M3Model, pairs: Sequence[Pair]) -> Places:
+    """The place of the right body of every pair under each head, among all bodies."""
+    queries = model.encode([pair.summary for pair in pairs], role="query")
+    places: Places = {}
     for head in _HEADS:
-        rankings = index.search(queries, 10, head=head, weights=weights, rerank=_DEPTH)
-        places[str(head)] = [_place(ranking.ids, pair.name) for ranking, pair in zip(rankings, reporting)]
-    result = _Measured(weights, len(choosing), places)
-    write_whole(path, json.dumps({"made_of": made_of, **result._asdict()}))
-    return result
+        rankings = index.search(queries, 10, head=head, rerank=None)
+        places[head] = [_place(ranking.ids, pair.name) for ranking, pair in zip(rankings, pairs)]
+    return places
 
 
-def _show_measured(measured: Sequence[_Measured], bodies: int) -> None:
+def _show_measured(measured: Sequence[Places], pairs: int) -> None:
     """MRR@10 and Recall@10 of each head, before the training and after it where there was one."""
-    moments = ["before", "after"][: len(measured)]
+    moments = ["before", "after"] if len(measured) > 1 else ["now"]
     rows = []
     for head in _HEADS:
-        places = [one.places[head] for one in measured]
+        places = [one[head] for one in measured]
         recalls = [f"{np.mean([place > 0 for place in found]):.3f}" for found in places]
         name = "hybrid" if head == "all" else head.replace("_", "-")
         rows.append([name, *(f"{_mrr(found):.3f}" for found in places), *recalls])
     columns = ["head", *(f"MRR@10_{moment}" for moment in moments), *(f"Recall@10_{moment}" for moment in moments)]
-    held_out = len(measured[0].places["all"])
-    title = f"{held_out} held-out summaries, each looking for its body among {bodies}, before and after training"
+    training = ", before and after training on others" if len(measured) > 1 else ""
+    title = f"{pairs} summaries, each looking for its body among {pairs}{training}"
     print_table(columns, rows, title=title, right=" ".join(columns[1:]))
-    mix = "; ".join(f"{moment} {_mix(one.weights)}" for moment, one in zip(moments, measured))
-    stdout().print(
-        f"hybrid = weighted mean of the three, weights chosen on {measured[0].chosen_on} other pairs: {mix}\n"
-    )
+    mix = " : ".join(f"{weight:g}" for weight in DEFAULT_WEIGHTS)
+    stdout().print(f"hybrid = dense, sparse and multi-vector in the paper's proportion of {mix}\n")
 
 
-def _mix(weights: Weights) -> str:
-    return ", ".join(f"{weight:g}" for weight in weights)
-
-
-def _choose_weights(rankings: Sequence[Ranking], pairs: Sequence[Pair]) -> Weights:
-    """The weights, none negative, under which softmax(Σ weight · score) makes the right bodies likeliest.
-
-    A likelihood moves with every score; the best MRR@10 of about a hundred pairs, tried first, jumped with single ones
-    and chose weights that did not carry over. Divided by the largest weight: a ranking needs only their ratios.
-    """
-    scores, right = [], []
-    for ranking, pair in zip(rankings, pairs):
-        assert ranking.dense is not None and ranking.sparse is not None and ranking.multi_vector is not None
-        if pair.name in ranking.ids:
-            scores.append(np.stack([ranking.dense, ranking.sparse, ranking.multi_vector], axis=1).astype(np.float64))
-            right.append(ranking.ids.index(pair.name))
-    if not scores:
-        return 1.0, 0.0, 1.0
-
-    def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        value, slope = 0.0, np.zeros(3)
-        for candidates, place in zip(scores, right):
-            likelihood = log_softmax(candidates @ weights)
-            value -= float(likelihood[place]) / len(scores)
-            slope += (np.exp(likelihood) @ candidates - candidates[place]) / len(scores)
-        return value, slope
-
-    found = minimize(loss, np.ones(3), jac=True, bounds=[(0.0, _HIGHEST_WEIGHT)] * 3, method="L-BFGS-B").x
-    dense, sparse, multi_vector = (round(float(weight), 2) for weight in found / max(found.max(), 1e-9))
-    return dense, sparse, multi_vector
-
-
-def _ask(model: M3Model, index: ExactIndex, pairs: Sequence[Pair], weights: Weights) -> None:
+def _ask(model: M3Model, index: ExactIndex, pairs: Sequence[Pair]) -> None:
     summaries = {pair.name: pair.summary for pair in pairs}
     queries = model.encode([question.text for question in QUESTIONS], role="query")
     rows = []
-    for question, ranking in zip(QUESTIONS, index.search(queries, 1, weights=weights, rerank=_DEPTH)):
+    for question, ranking in zip(QUESTIONS, index.search(queries, 1)):
         for hit in ranking:
             scores = [f"{score:.3f}" for score in (hit.dense, hit.sparse, hit.multi_vector) if score is not None]
             rows.append([question.language, question.text, hit.id, shortened(summaries[hit.id], 70), *scores])
@@ -288,17 +234,16 @@ def _ask(model: M3Model, index: ExactIndex, pairs: Sequence[Pair], weights: Weig
     print_table(columns, rows, title="The first hit of each question", right="dense sparse multi")
 
 
-def _say_what_next(folder: Path, place: Path, weights: Weights, seconds: float) -> None:
+def _say_what_next(folder: Path, place: Path, seconds: float) -> None:
     program = (
         shlex.quote(sys.argv[0]) if Path(sys.argv[0]).name == "m3" else f"{shlex.quote(sys.executable)} -m m3model.cli"
     )
-    mix = ",".join(f"{weight:g}" for weight in weights)
     model = shlex.quote(str(place))
     index, documents = (shlex.quote(str(folder / name)) for name in ("index", "documents.jsonl"))
     lines = [
         f"Done in {seconds:.0f} s. The model is in {model}, the collection in {documents}, the index in {index}.",
         "Try next:",
-        f'  {program} search {index} --weights {mix} "your own question"',
+        f'  {program} search {index} "your own question"',
         f'  {program} search {index} --head sparse -k 3 --json "cosine similarity"',
         f'  {program} score -m {model} "Wie alt ist sie?" "She is nine years old." "The sky is blue."',
         f"  {program} index -m {model} -o {shlex.quote(str(folder / 'readme'))} --lines README.md"

@@ -8,9 +8,8 @@ import pytest
 from m3model import M3Model
 from m3model.demo.docstrings import LONGEST, Pair, choose, collect, split_docstring
 from m3model.demo.questions import QUESTIONS
-from m3model.demo.run import _choose_weights, _mrr
+from m3model.demo.run import _mrr
 from m3model.demo.token_weights import SCALE, fit_token_weights
-from m3model.retrieval import Ranking
 
 BODY = "Parameters and returns. " * 10
 
@@ -84,28 +83,5 @@ def test_the_fitted_head_gives_rare_tokens_more_weight(model: M3Model, folder: o
     assert token["▁river"] == pytest.approx(SCALE * np.sqrt(np.log1p(39.5 / 1.5)), rel=0.5)
 
 
-def ranking_of(dense: list[float], sparse: list[float], multi_vector: list[float]) -> Ranking:
-    columns = [np.array(values, dtype=np.float32) for values in (dense, sparse, multi_vector)]
-    return Ranking(["a", "b", "c"], columns[0], *columns)
-
-
-def test_weights_make_the_right_documents_likely() -> None:
-    rankings = [
-        ranking_of([0.9, 0.8, 0.1], [0.0, 0.3, 0.0], [0.5, 0.5, 0.5]),
-        ranking_of([0.8, 0.9, 0.1], [0.3, 0.0, 0.0], [0.5, 0.5, 0.5]),
-    ]
-    weights = np.array(_choose_weights(rankings, [Pair("b", "", ""), Pair("a", "", "")]))
-    for ranking, right in zip(rankings, (1, 0)):
-        heads = np.stack([ranking.dense, ranking.sparse, ranking.multi_vector])
-        assert int(np.argmax(weights @ heads)) == right
-    assert weights.max() == 1.0 and weights.min() >= 0.0
-
-
-def test_a_head_that_misleads_gets_no_weight() -> None:
-    rankings = [ranking_of([0.9, 0.8, 0.1], [0.0, 0.1, 0.9], [0.7, 0.5, 0.2])]
-    assert _choose_weights(rankings, [Pair("a", "", "")])[1] == 0.0
-
-
-def test_weights_without_any_document_found_and_the_reciprocal_rank() -> None:
-    assert _choose_weights([ranking_of([1.0] * 3, [1.0] * 3, [1.0] * 3)], [Pair("z", "", "")]) == (1.0, 0.0, 1.0)
+def test_the_reciprocal_rank_of_what_is_not_found_is_zero() -> None:
     assert _mrr([1, 2, 0, 4]) == pytest.approx((1 + 0.5 + 0.25) / 4)

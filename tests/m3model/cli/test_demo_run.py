@@ -58,7 +58,7 @@ def test_the_demo_ends_with_figures_answers_and_commands_and_is_not_repeated(tmp
     assert [row["id"] for row in rows] == [pair.name for pair in PAIRS]
     assert len(ExactIndex.load(folder / "index")) == len(PAIRS)
     assert M3Model.from_pretrained(folder / "model").sparse_linear.weight.abs().sum() > 0
-    for word in ("before", "after", "train: 4 steps on 80 pairs", "step 4 of 4: loss"):
+    for word in ("MRR@10_before", "MRR@10_after", "train: 4 steps on 80 pairs", "step 4 of 4: loss"):
         assert word in result.output
     trained = [json.loads(line)["query"] for line in (folder / "train.jsonl").read_text().splitlines()]
     assert sorted(trained) == sorted(pair.summary for pair in EXTRA)
@@ -76,23 +76,25 @@ def test_the_demo_ends_with_figures_answers_and_commands_and_is_not_repeated(tmp
 
 
 @pytest.mark.usefixtures("small")
-def test_a_demo_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", ["before", "index"])
+def test_a_demo_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     folder = tmp_path / "demo"
     real, calls = ExactIndex.save, []
 
     def stop_at_the_second(index: ExactIndex, path: str) -> None:
         real(index, path)
-        calls.append(path)
-        if len(calls) == 2:
+        calls.append(Path(path).name)
+        if calls.count(stage) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "_BLOCK", 8)
     with monkeypatch.context() as patch:
         patch.setattr(ExactIndex, "save", stop_at_the_second)
         assert demo(folder).exit_code != 0
-    assert len(ExactIndex.load(folder / "index")) == 16
+    assert len(ExactIndex.load(folder / stage)) == 16
     result = demo(folder)
     assert result.exit_code == 0 and "16 of 28 documents were there" in result.stderr
+    assert not (folder / "before").exists()
     assert len(ExactIndex.load(folder / "index")) == 28
 
 
@@ -129,3 +131,12 @@ def test_an_index_of_another_model_or_collection_is_made_anew(tmp_path: Path) ->
     (folder / "documents.jsonl").write_text("damaged")
     assert demo(folder).exit_code == 0
     assert len((folder / "documents.jsonl").read_text().splitlines()) == len(PAIRS)
+
+
+@pytest.mark.usefixtures("small")
+def test_without_training_the_model_is_measured_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    result = CliRunner().invoke(app, ["--traceback", "demo", "--folder", str(folder), "--steps", "0"])
+    assert result.exit_code == 0, result.output
+    assert "MRR@10_now" in result.stdout and not (folder / "trained").exists() and not (folder / "before.json").exists()
+    assert ExactIndex.load(folder / "index").metadata["model"] == str((folder / "model").resolve())
