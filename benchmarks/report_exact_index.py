@@ -1,20 +1,26 @@
 """ExactIndex at the size of bge-m3: synthetic dense (1024 wide) and sparse documents, ingested, mapped and searched.
 
-    python -m benchmarks.report_exact_index FOLDER_WITH_ROOM [documents]
+    python -m benchmarks.report_exact_index FOLDER_WITH_ROOM ingest [documents]     adds what is missing, then stops
+    python -m benchmarks.report_exact_index FOLDER_WITH_ROOM search                 measures single queries, writes JSON
 
-Dense vectors are random unit vectors in float32; sparse ones have 64 token ids spread over a vocabulary of 250 002. The
-index is saved and mapped again after every block, so that what is stored does not stay in the process's own memory.
-Latency is that of single queries on the mapped files, first (files not all in the page cache) and median; memory is the
-process's anonymous resident memory, which is what it needs, beside the page cache, which the system takes back.
+Dense vectors are random unit vectors in float32; sparse ones have 64 token ids spread over a vocabulary of 250 002, with
+frequencies that fall like those of words (rank r is drawn with probability proportional to 1 / (r + 10)), without the
+few ids that every text has. The index is saved and mapped again after every block, so that what is stored does not stay
+in the process's own memory. Latency is that of single queries on the mapped files: of the first (not all pages of the
+files in the page cache) and the median; memory is the process's anonymous resident memory, which is what it needs, and
+its mapped pages, which the system takes back when it wants them.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import resource
 import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,24 +31,26 @@ from m3model import EncodedTexts, M3Embeddings
 from m3model.retrieval import ExactIndex
 
 RESULTS = Path(__file__).resolve().parent / "results"
-WIDTH, TOKENS, VOCABULARY, BLOCK, QUERIES = 1024, 64, 250_002, 50_000, 8
+WIDTH, TOKENS, VOCABULARY, BLOCK, QUERIES = 1024, 64, 250_002, 50_000, 16
+FLATNESS = 10
+HEADS = ("dense", "sparse", "dense+sparse")
 
 
 def synthetic(count: int, seed: int, tokens: int = TOKENS) -> EncodedTexts:
-    """Random embeddings of `count` texts."""
+    """Random embeddings of `count` texts of at most `tokens` different token ids."""
     generator = np.random.default_rng(seed)
     dense = generator.standard_normal((count, WIDTH), dtype=np.float32)
     dense /= np.linalg.norm(dense, axis=1, keepdims=True)
-    gaps = generator.integers(1, 2 * (VOCABULARY // tokens) - 1, (count, tokens), dtype=np.int32)
-    ids = gaps.cumsum(axis=1, dtype=np.int64) % VOCABULARY
+    # Ranks by the inverse of the distribution function log(1 + r / FLATNESS) / log(1 + VOCABULARY / FLATNESS).
+    uniform = generator.random((count, tokens))
+    ids = (FLATNESS * np.expm1(uniform * np.log1p(VOCABULARY / FLATNESS))).astype(np.int32)
     ids.sort(axis=1)
-    # Wrapped ids can meet: they are moved apart by one, which keeps them sorted.
-    ids = np.maximum.accumulate(ids - np.arange(tokens), axis=1) + np.arange(tokens)
-    weights = generator.random(count * tokens, dtype=np.float32) + np.float32(0.01)
-    offsets = np.arange(count + 1, dtype=np.int32) * np.int32(tokens)
-    batch = SparseBatch(
-        torch.from_numpy(ids.astype(np.int32).reshape(-1)), torch.from_numpy(weights), torch.from_numpy(offsets)
-    )
+    kept = np.ones(ids.shape, dtype=np.bool_)
+    kept[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    offsets = np.zeros(count + 1, dtype=np.int32)
+    np.cumsum(kept.sum(axis=1), out=offsets[1:])
+    weights = generator.random(int(offsets[-1]), dtype=np.float32) + np.float32(0.01)
+    batch = SparseBatch(torch.from_numpy(ids[kept]), torch.from_numpy(weights), torch.from_numpy(offsets))
     return M3Embeddings(dense, batch)
 
 
@@ -54,32 +62,42 @@ def memory(field: str) -> float:
     raise ValueError(f"no {field} in /proc/self/status")
 
 
-def main(folder: Path, documents: int = 1_000_000) -> None:
-    path = folder / "index"
-    index, largest, begin = ExactIndex(), 0.0, time.perf_counter()
-    for first in range(0, documents, BLOCK):
+def ingest(folder: Path, documents: int) -> None:
+    """Add the documents that are missing, in blocks; what it measured so far lies beside the index."""
+    path, notes = folder / "index", folder / "ingest.json"
+    index = ExactIndex.load(path, verify=False) if path.exists() else ExactIndex()
+    facts: dict[str, Any] = json.loads(notes.read_text()) if notes.exists() else {"seconds": 0.0, "anonymous_gib": 0.0}
+    while (first := len(index)) < documents:
         count = min(BLOCK, documents - first)
-        index.add([f"d{number}" for number in range(first, first + count)], synthetic(count, seed=first + 1))
+        block = synthetic(count, seed=first + 1)
+        begin = time.perf_counter()
+        index.add([f"d{number}" for number in range(first, first + count)], block)
         index.save(path)
-        largest = max(largest, memory("RssAnon"))
+        facts["anonymous_gib"] = max(facts["anonymous_gib"], memory("RssAnon"))
         index = ExactIndex.load(path, verify=False)
-        print(
-            f"{first + count} documents, {time.perf_counter() - begin:.0f} s, {largest} GiB",
-            file=sys.stderr,
-            flush=True,
-        )
-    ingest_seconds = time.perf_counter() - begin
-    queries = synthetic(QUERIES, seed=0, tokens=24)
-    facts: dict[str, object] = {
+        facts["seconds"] += time.perf_counter() - begin
+        notes.write_text(json.dumps(facts))
+        print(f"{first + count} documents, {facts['seconds']:.0f} s", file=sys.stderr, flush=True)
+
+
+def search(folder: Path) -> None:
+    begin = time.perf_counter()
+    index = ExactIndex.load(folder / "index", verify=False)
+    ingested = json.loads((folder / "ingest.json").read_text())
+    facts: dict[str, Any] = {
         "machine": describe(),
+        "load_average": [round(value, 1) for value in os.getloadavg()],
         "documents": len(index),
         "width": WIDTH,
         "tokens": TOKENS,
         "index_gib": round(index.nbytes / 2**30, 2),
-        "ingest_seconds": round(ingest_seconds, 1),
-        "ingest_anonymous_gib": largest,
+        "ingest_seconds": round(ingested["seconds"], 1),
+        "ingest_anonymous_gib": ingested["anonymous_gib"],
+        "open_seconds": round(time.perf_counter() - begin, 1),
+        "open_anonymous_gib": memory("RssAnon"),
     }
-    for head in ("dense", "sparse", "dense+sparse"):
+    queries = synthetic(QUERIES, seed=0, tokens=24)
+    for head in HEADS:
         seconds = []
         for number in range(QUERIES):
             start = time.perf_counter()
@@ -89,16 +107,23 @@ def main(folder: Path, documents: int = 1_000_000) -> None:
         index.search(queries, 100, head=head)
         together = (time.perf_counter() - start) / QUERIES
         facts[head] = {
-            "first_ms": round(1000 * seconds[0]),
-            "median_ms": round(1000 * median(seconds[1:])),
-            f"of_{QUERIES}_together_ms": round(1000 * together),
+            "first_ms": round(1000 * seconds[0], 2),
+            "median_ms": round(1000 * median(seconds[1:]), 2),
+            f"of_{QUERIES}_together_ms": round(1000 * together, 2),
         }
         print(head, facts[head], file=sys.stderr, flush=True)
     facts["search_anonymous_gib"] = memory("RssAnon")
-    name = RESULTS / "exact_index_1m.json" if documents == 1_000_000 else RESULTS / f"exact_index_{documents}.json"
-    name.write_text(json.dumps(facts, indent=1) + "\n")
+    facts["search_mapped_gib"] = memory("RssFile")
+    facts["peak_resident_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    name = "exact_index_1m.json" if len(index) == 1_000_000 else f"exact_index_{len(index)}.json"
+    (RESULTS / name).write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *(int(argument) for argument in sys.argv[2:3]))
+    place, task = Path(sys.argv[1]), sys.argv[2]
+    if task == "ingest":
+        place.mkdir(parents=True, exist_ok=True)
+        ingest(place, int(sys.argv[3]) if len(sys.argv) > 3 else 1_000_000)
+    else:
+        search(place)

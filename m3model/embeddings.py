@@ -103,7 +103,8 @@ def _all_or_none(parts: list[Part | None], name: str) -> list[Part] | None:
 
 def _rows_of(offsets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Row numbers of the chosen texts one after another, and their offsets."""
-    begins, ends = offsets[:-1].long()[numbers], offsets[1:].long()[numbers]
+    numbers = numbers.to(offsets.device)
+    begins, ends = offsets[numbers].long(), offsets[numbers + 1].long()
     lengths = ends - begins
     chosen = torch.zeros(len(numbers) + 1, dtype=torch.int32, device=offsets.device)
     chosen[1:] = lengths.cumsum(0)

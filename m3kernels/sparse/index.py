@@ -12,6 +12,7 @@ import os
 import struct
 import tempfile
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +135,31 @@ class SparseIndex:
         """Number of passages."""
         return sum(segment.passages for segment in self._segments)
 
+    def segments(self) -> list[tuple[int, dict[str, Tensor]]]:
+        """The parts of the index: number of passages and named arrays of each, shared, not copied.
+
+        They can be stored anywhere and make the index again, alone or after those of others (`of_segments`).
+        """
+        names = [name for name, _ in _ARRAYS]
+        return [(segment.passages, dict(zip(names, segment.arrays))) for segment in self._segments]
+
+    @classmethod
+    def of_segments(cls, segments: Sequence[tuple[int, Mapping[str, Tensor]]]) -> SparseIndex:
+        """An index of the segments of one or several indexes, in this order; passages are numbered through.
+
+        Args:
+            segments: of `segments`, all of one precision; the arrays are used where they lie (mapped files too).
+
+        Raises:
+            ValueError: names, dtypes or lengths of arrays do not fit each other. Values inside are not checked.
+        """
+        held = [_checked_segment(number, passages, arrays) for number, (passages, arrays) in enumerate(segments)]
+        kinds = {segment.arrays[-1].dtype for segment in held} or {torch.float32}
+        precisions = [name for name, dtype in _PRECISIONS.items() if dtype in kinds]
+        if len(kinds) > 1:
+            raise ValueError(f"segments have the precisions {', '.join(precisions)}; accepted: one")
+        return cls(precisions[0], held)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
@@ -233,6 +259,32 @@ def _bytes_of(array: Tensor) -> memoryview:
 
 def _aligned(position: int) -> int:
     return -(-position // _ALIGNMENT) * _ALIGNMENT
+
+
+def _checked_segment(number: int, passages: int, arrays: Mapping[str, Tensor]) -> _Segment:
+    if arrays.keys() != {name for name, _ in _ARRAYS}:
+        raise ValueError(f"segment {number} has the arrays {sorted(arrays)}; accepted: those of SparseIndex.segments")
+    for name, dtype in _ARRAYS:
+        array, accepted = arrays[name], [dtype] if dtype else list(_PRECISIONS.values())
+        if array.dtype not in accepted or array.dim() != 1 or not array.is_contiguous():
+            raise ValueError(
+                f"{name} of segment {number} is {array.dtype} {tuple(array.shape)}; accepted: {accepted} [n]"
+            )
+    terms, blocks, postings = (arrays[name].shape[0] for name in ("term_id", "block", "place"))
+    lengths = {
+        "term_scale": terms,
+        "term_begin": terms + 1,
+        "block_max": blocks,
+        "posting_begin": blocks + 1,
+        "weight": postings,
+    }
+    for name, length in lengths.items():
+        if arrays[name].shape[0] != length:
+            raise ValueError(f"{name} of segment {number} has {arrays[name].shape[0]} entries; expected {length}")
+    for name, end in (("term_begin", blocks), ("posting_begin", postings)):
+        if int(arrays[name][-1]) != end:
+            raise ValueError(f"{name} of segment {number} ends with {int(arrays[name][-1])}; expected {end}")
+    return _Segment(passages, tuple(arrays[name] for name, _ in _ARRAYS))
 
 
 def _kernel(name: str) -> Any:

@@ -1,18 +1,20 @@
 """ExactIndex: every document is compared, nothing is approximated.
 
     dense         blocked matrix product                      N·E multiplications a query
-    sparse        sparse_scores over blocks of documents      their shared ids
+    sparse        inverted index (m3kernels.SparseIndex)      blocks of documents that can reach the k best
     multi_vector  maxsim_pairs over the candidates            Lq·Ld·E a pair
 
-Equal scores rank by the order in which documents were added. The index holds its documents in segments: additions
-gather in memory and become one when it is searched or saved, and small segments are merged (each merge at least
-doubles one, so a document is copied O(log N) times). Saved segments are mapped into memory (m3model.retrieval.storage).
+Equal scores rank by the order in which documents were added; one that was replaced counts as added then. The index
+holds its documents in segments: additions gather in memory and become one when it is searched or saved, and small
+segments are merged (each merge at least doubles one, so a document is copied O(log N) times). Deleted documents are
+marked and go when their segment is merged, or written anew because more than half of it was deleted. Saved segments are
+mapped into memory (m3model.retrieval.storage).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,10 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from m3kernels import SparseBatch, maxsim_pairs, sparse_scores
+from m3kernels import SparseBatch, SparseIndex, maxsim_pairs, sparse_scores
+from m3kernels.sparse.ops import check_batch_values
 from m3model.embeddings import EncodedTexts
-from m3model.retrieval.fingerprint import same_model
+from m3model.retrieval.fingerprint import document_digest, same_model
+from m3model.retrieval.indexed_segment import IndexedSegment
 from m3model.retrieval.interface import CANDIDATES, RERANK, Head, Ranking, Scores
+from m3model.retrieval.reranking import Encode, scores_of_encoded
 from m3model.retrieval.segment import Segment
 from m3model.retrieval.storage import is_index, read_index, write_index
 from m3model.scoring import DEFAULT_WEIGHTS, check_weights
@@ -36,6 +41,9 @@ _SCORE_BLOCK = 1 << 22
 """Scores of one block of queries and documents held at a time."""
 _MERGE_LIMIT = 1 << 30
 """Bytes above which segments are not merged any more."""
+
+_PLACE_BITS = 32
+"""A document's place is the serial number of its segment, shifted by these bits, and its number in the segment."""
 
 Numbers = NDArray[np.int64]
 
@@ -51,18 +59,20 @@ class ExactIndex:
     def __init__(self, fingerprint: str | None = None, metadata: Mapping[str, Any] | None = None) -> None:
         self.fingerprint = fingerprint
         self.metadata: dict[str, Any] = dict(metadata or {})
-        self._segments: list[tuple[str | None, Segment]] = []
-        self._pending: list[Segment] = []
-        self._number_of: dict[str, int] = {}
+        self._segments: list[IndexedSegment] = []
+        self._pending: list[IndexedSegment] = []
+        self._by_serial: dict[int, IndexedSegment] = {}
+        self._next_serial = 0
+        self._place_of: dict[str, int] = {}
         self._widths: dict[str, int] | None = None
         self._row_dtype: torch.dtype | None = None
         self._stored_in: tuple[Path, str] | None = None
 
     def __len__(self) -> int:
-        return len(self._number_of)
+        return len(self._place_of)
 
     def __contains__(self, document: object) -> bool:
-        return document in self._number_of
+        return document in self._place_of
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -71,8 +81,8 @@ class ExactIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all embeddings, ids and documents."""
-        return sum(segment.nbytes for _, segment in self._segments) + sum(part.nbytes for part in self._pending)
+        """Bytes of all embeddings, inverted indexes, ids and documents."""
+        return sum(held.nbytes for held in (*self._segments, *self._pending))
 
     def add(
         self,
@@ -90,8 +100,44 @@ class ExactIndex:
         Raises:
             TypeError: an id is no string, or a document no mapping of JSON values.
             ValueError: numbers of ids, documents and embeddings differ, an id is already there or twice in `ids`, other
-                representations or widths than before, values that are not finite.
+                representations or widths than before, values that are not finite, negative token weights.
         """
+        self._extend(ids, embeddings, documents, replace=False)
+
+    def upsert(
+        self,
+        ids: Sequence[str],
+        embeddings: EncodedTexts,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Add documents or replace those of the same ids; otherwise as `add`."""
+        self._extend(ids, embeddings, documents, replace=True)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove documents; ids that are not there are passed over. Returns how many were removed.
+
+        Raises:
+            TypeError: `ids` is one string.
+        """
+        if isinstance(ids, str):
+            raise TypeError("ids must be a list of strings")
+        numbers: dict[int, list[int]] = {}
+        for document in ids:
+            place = self._place_of.pop(document, None)
+            if place is not None:
+                numbers.setdefault(place >> _PLACE_BITS, []).append(place & (1 << _PLACE_BITS) - 1)
+        for serial, own in numbers.items():
+            self._by_serial[serial].delete(own)
+        return sum(map(len, numbers.values()))
+
+    def _extend(
+        self,
+        ids: Sequence[str],
+        embeddings: EncodedTexts,
+        documents: Sequence[Mapping[str, Any]] | None,
+        *,
+        replace: bool,
+    ) -> None:
         if isinstance(ids, str) or not all(isinstance(document, str) for document in ids):
             raise TypeError("ids must be a list of strings")
         documents = [{}] * len(ids) if documents is None else documents
@@ -101,13 +147,15 @@ class ExactIndex:
             )
         seen: set[str] = set()
         for document in ids:
-            if document in self._number_of or document in seen:
+            if document in seen or (document in self._place_of and not replace):
                 raise ValueError(f"the id {document!r} is {'twice in ids' if document in seen else 'in the index'}")
             seen.add(document)
         if not ids:
             return
         widths = _widths(embeddings)
         _check_values("embeddings", embeddings)
+        if embeddings.sparse is not None:
+            check_batch_values("embeddings.sparse", embeddings.sparse.token_ids, embeddings.sparse.offsets)
         row_dtype = embeddings.multi_vector.rows.dtype if embeddings.multi_vector is not None else None
         if self._widths is not None and (widths, row_dtype) != (self._widths, self._row_dtype):
             raise ValueError(
@@ -116,8 +164,12 @@ class ExactIndex:
             )
         segment = Segment.of(ids, documents, embeddings)
         self._widths, self._row_dtype = widths, row_dtype
-        self._number_of.update(zip(ids, range(len(self), len(self) + len(ids))))
-        self._pending.append(segment)
+        self.delete(ids)
+        self._pending.append(self._placed(IndexedSegment(segment), enumerate(ids)))
+
+    def digests(self, ids: Sequence[str]) -> dict[str, str]:
+        """For those of `ids` that the index holds, the digest of what was stored (fingerprint.document_digest)."""
+        return {name: document_digest(self.document(name)) for name in ids if name in self}
 
     def document(self, document: str) -> dict[str, Any]:
         """What was stored with the document of this id.
@@ -125,13 +177,10 @@ class ExactIndex:
         Raises:
             KeyError: there is no such id.
         """
-        if document not in self._number_of:
+        place = self._place_of.get(document)
+        if place is None:
             raise KeyError(f"there is no document {document!r} in the index")
-        number = self._number_of[document]
-        for begin, segment in self._numbered():
-            if number < begin + len(segment):
-                return segment.document(number - begin)
-        raise AssertionError("every number lies in a segment")
+        return self._by_serial[place >> _PLACE_BITS].segment.document(place & (1 << _PLACE_BITS) - 1)
 
     def search(
         self,
@@ -142,6 +191,7 @@ class ExactIndex:
         weights: tuple[float, float, float] = DEFAULT_WEIGHTS,
         candidates: int = CANDIDATES,
         rerank: int | None = RERANK,
+        encode: Encode | None = None,
     ) -> list[Ranking]:
         """The best k documents for every query (see m3model.retrieval.interface for what each head does).
 
@@ -152,6 +202,8 @@ class ExactIndex:
             weights: of dense, sparse and multi-vector.
             candidates: documents that the dense and the sparse head each contribute; at least k count.
             rerank: how many of them the multi-vector head scores, at least k; None: every document of the index.
+            encode: for an index without multi-vectors: makes those of the documents to be reranked, out of the JSON
+                objects that were stored with them (`model.encode([object["text"] for object in objects])`).
 
         Raises:
             ValueError: k, candidates or rerank below 1, an unknown head or one whose representations the index lacks,
@@ -163,19 +215,22 @@ class ExactIndex:
         if head not in get_args(Head):
             raise ValueError(f"head is {head!r}; accepted: {', '.join(get_args(Head))}")
         check_weights(weights)
-        if self._widths is None:
+        self._settle()
+        if self._widths is None or not self._segments:
             return [_empty_ranking() for _ in range(len(queries))]
         needed = {"dense+sparse": ("dense", "sparse"), "all": _PARTS}.get(head, (head,))
-        if absent := [part for part in needed if part not in self._widths]:
+        made = () if encode is None else ("multi_vector",)
+        if absent := [part for part in needed if part not in (*self._widths, *made)]:
             raise ValueError(
                 f"head is {head!r}, but the index has no {', '.join(absent)}; it has {', '.join(self.parts)}"
             )
-        self._check_queries(queries)
-        self._settle()
+        if "multi_vector" in self._widths or "multi_vector" not in needed:
+            encode = None
+        self._check_queries(queries, made if encode is not None else ())
         rankings: list[Ranking] = []
         for begin in range(0, len(queries), _QUERY_BLOCK):
             block = queries.select(slice(begin, begin + _QUERY_BLOCK))
-            rankings += self._search_block(block, k, head, weights, max(candidates, k), rerank)
+            rankings += self._search_block(block, k, head, weights, max(candidates, k), rerank, encode)
         return rankings
 
     def check_model(self, fingerprint: str) -> None:
@@ -196,10 +251,8 @@ class ExactIndex:
         folder = Path(os.path.abspath(path))
         self._settle()
         here = self._stored_in is not None and self._stored_in[0] == folder and is_index(folder)
-        segments = [(name if here else None, segment) for name, segment in self._segments]
         generation = self._stored_in[1] if here and self._stored_in else None
-        stored, names = write_index(folder, segments, self.fingerprint, self.metadata, generation)
-        self._segments = [(name, segment) for name, (_, segment) in zip(names, segments)]
+        stored = write_index(folder, self._segments, self.fingerprint, self.metadata, generation)
         self._stored_in = (folder, stored)
 
     @classmethod
@@ -216,16 +269,14 @@ class ExactIndex:
         folder = Path(os.path.abspath(path))
         manifest, segments = read_index(folder, verify=verify)
         index = cls(manifest.fingerprint, manifest.metadata)
-        for name, segment in segments:
-            rows = segment.embeddings.multi_vector
-            facts = (_widths(segment.embeddings), rows.rows.dtype if rows is not None else None)
+        for held in segments:
+            stored = held.segment.embeddings
+            facts = (_widths(stored), stored.multi_vector.rows.dtype if stored.multi_vector is not None else None)
             if index._widths is not None and facts != (index._widths, index._row_dtype):
-                raise ValueError(f"{folder}: {name} has {_describe(*facts)}, the segments before it have others")
+                raise ValueError(f"{folder}: {held.name} has {_describe(*facts)}, the segments before it have others")
             index._widths, index._row_dtype = facts
-            index._segments.append((name, segment))
-            ids = segment.ids.strings()
-            index._number_of.update(zip(ids, range(len(index), len(index) + len(ids))))
-        if len(index) != sum(len(segment) for _, segment in segments):
+            index._segments.append(index._placed(held, held.living_ids()))
+        if len(index) != sum(held.living for held in segments):
             raise ValueError(f"{folder} is damaged: a document id occurs twice")
         index._stored_in = (folder, manifest.generation)
         return index
@@ -245,8 +296,8 @@ class ExactIndex:
         for index in indexes:
             if union.fingerprint is not None and index.fingerprint is not None:
                 union.check_model(index.fingerprint)
-            for _, segment in index._numbered():
-                stored = segment.embeddings
+            for held in (*index._segments, *index._pending):
+                stored = held.segment.embeddings
                 chosen = [part for part in _PARTS if getattr(stored, part) is not None] if parts is None else parts
                 if absent := [part for part in chosen if getattr(stored, part, None) is None]:
                     raise ValueError(f"parts are {list(chosen)}, but an index has no {', '.join(absent)}")
@@ -254,39 +305,66 @@ class ExactIndex:
                 widths = _widths(embeddings)
                 row_dtype = embeddings.multi_vector.rows.dtype if embeddings.multi_vector is not None else None
                 if union._widths is not None and (widths, row_dtype) != (union._widths, union._row_dtype):
-                    held = _describe(union._widths, union._row_dtype)
-                    raise ValueError(f"an index has {_describe(widths, row_dtype)}, the ones before it {held}")
+                    before_it = _describe(union._widths, union._row_dtype)
+                    raise ValueError(f"an index has {_describe(widths, row_dtype)}, the ones before it {before_it}")
                 union._widths, union._row_dtype = widths, row_dtype
-                ids = segment.ids.strings()
                 before = len(union)
-                union._number_of.update(zip(ids, range(before, before + len(ids))))
-                if len(union) != before + len(ids):
+                shared = held.share(Segment(held.segment.ids, held.segment.documents, embeddings))
+                union._segments.append(union._placed(shared, shared.living_ids()))
+                if len(union) != before + held.living:
                     raise ValueError("a document id occurs in two of the indexes")
-                union._segments.append((None, Segment(segment.ids, segment.documents, embeddings)))
         return union
+
+    def _placed(self, held: IndexedSegment, living: Iterable[tuple[int, str]]) -> IndexedSegment:
+        """Note where the documents of a segment are, given the number and id of each that is not deleted."""
+        first = self._next_serial << _PLACE_BITS
+        self._by_serial[self._next_serial] = held
+        self._next_serial += 1
+        self._place_of.update((document, first + number) for number, document in living)
+        return held
 
     def _settle(self) -> None:
         """Make a segment of what was added, merged with those before it that are not much larger."""
-        if not self._pending:
-            return
         parts, self._pending = self._pending, []
         size = sum(part.nbytes for part in parts)
-        while self._segments and self._segments[-1][1].nbytes <= min(2 * size, _MERGE_LIMIT - size):
-            segment = self._segments.pop()[1]
-            size += segment.nbytes
-            parts.insert(0, segment)
-        self._segments.append((None, Segment.concatenate(parts) if len(parts) > 1 else parts[0]))
+        while parts and self._segments and self._segments[-1].segment.nbytes <= min(2 * size, _MERGE_LIMIT - size):
+            held = self._segments.pop()
+            size += held.segment.nbytes
+            parts.insert(0, held)
+        kept = [[held] for held in self._segments] + ([parts] if parts else [])
+        if len(kept) == len(self._segments) and all(2 * held.living >= len(held) for held in self._segments):
+            return
+        self._segments = []
+        for group in kept:
+            living = sum(held.living for held in group)
+            if len(group) == 1 and 2 * living >= len(group[0]) and living:
+                self._segments.append(group[0])
+            elif living:
+                merged = Segment.concatenate([held.compacted() for held in group if held.living])
+                self._segments.append(self._placed(IndexedSegment(merged), enumerate(merged.ids.strings())))
+        present = {id(held) for held in self._segments}
+        self._by_serial = {serial: held for serial, held in self._by_serial.items() if id(held) in present}
 
-    def _numbered(self) -> Iterator[tuple[int, Segment]]:
-        """Number of the first document of each segment, pending ones included, and the segment."""
+    def _numbered(self) -> Iterator[tuple[int, IndexedSegment]]:
+        """Number of the first document of each segment, those deleted counted, and the segment."""
         begin = 0
-        for segment in (*(segment for _, segment in self._segments), *self._pending):
-            yield begin, segment
-            begin += len(segment)
+        for held in self._segments:
+            yield begin, held
+            begin += len(held)
 
-    def _check_queries(self, queries: EncodedTexts) -> None:
+    def _deleted(self) -> NDArray[np.bool_] | None:
+        """For every number whether its document was deleted; None if none was."""
+        if all(held.deleted is None for held in self._segments):
+            return None
+        marks = [np.zeros(len(held), np.bool_) if held.deleted is None else held.deleted for held in self._segments]
+        return np.concatenate(marks)
+
+    def _check_queries(self, queries: EncodedTexts, made: Sequence[str]) -> None:
+        """Raise ValueError unless they have what the index holds and what will be made of its documents."""
         assert self._widths is not None
         widths = _widths(queries)
+        if absent := [part for part in made if part not in widths]:
+            raise ValueError(f"queries have no {', '.join(absent)}, which the documents are reranked by")
         for part, width in self._widths.items():
             if part not in widths:
                 raise ValueError(f"queries have no {part}, which the index holds")
@@ -302,15 +380,17 @@ class ExactIndex:
         weights: tuple[float, float, float],
         candidates: int,
         rerank: int | None,
+        encode: Encode | None,
     ) -> list[Ranking]:
         reranking = head in ("multi_vector", "all")
         firsts = [part for part in ("dense", "sparse") if part in self.parts and (reranking or part in head.split("+"))]
         if reranking and (rerank is None or not firsts):
-            found = [np.arange(len(self), dtype=np.int64)] * len(queries)
+            found = [self._living_numbers()] * len(queries)
             scores = [self._first_scores(queries, query, numbers) for query, numbers in enumerate(found)]
         else:
             depth = k if head in ("dense", "sparse") else candidates
-            lists = [self._best(queries, part, depth) for part in firsts]
+            best = {"dense": self._best_dense, "sparse": self._best_sparse}
+            lists = [best[part](queries, depth) for part in firsts]
             found = [np.unique(np.concatenate(numbers)) for numbers in zip(*lists)]
             scores = [self._first_scores(queries, query, numbers) for query, numbers in enumerate(found)]
             depth = max(rerank, k) if reranking and rerank is not None else k
@@ -318,55 +398,90 @@ class ExactIndex:
                 kept = np.sort(_order(_first_stage(scores[query], firsts, weights), numbers)[:depth])
                 found[query] = numbers[kept]
                 scores[query] = {part: values[kept] for part, values in scores[query].items()}
-        if "multi_vector" in self.parts:
-            for query, values in enumerate(self._multi_vector_scores(queries, found)):
+        if "multi_vector" in self.parts or encode is not None:
+            columns = (
+                self._multi_vector_scores(queries, found) if encode is None else self._made(queries, found, encode)
+            )
+            for query, values in enumerate(columns):
                 scores[query]["multi_vector"] = values
         rankings = []
-        for numbers, columns in zip(found, scores):
+        for numbers, own in zip(found, scores):
             if reranking:
-                score = columns["multi_vector"] if head == "multi_vector" else _weighted(columns, weights)
+                score = own["multi_vector"] if head == "multi_vector" else _weighted(own, weights)
             else:
-                score = _first_stage(columns, firsts, weights)
+                score = _first_stage(own, firsts, weights)
             order = _order(score, numbers)[:k]
             ids = [self._id(number) for number in numbers[order].tolist()]
-            rankings.append(Ranking(ids, score[order], *(columns[p][order] if p in columns else None for p in _PARTS)))
+            rankings.append(Ranking(ids, score[order], *(own[p][order] if p in own else None for p in _PARTS)))
         return rankings
 
+    def _living_numbers(self) -> Numbers:
+        deleted = self._deleted()
+        return np.arange(len(self), dtype=np.int64) if deleted is None else np.flatnonzero(~deleted)
+
     def _id(self, number: int) -> str:
-        for begin, segment in self._numbered():
-            if number < begin + len(segment):
-                return segment.ids[number - begin]
+        held, local = self._at(number)
+        return held.segment.ids[local]
+
+    def _at(self, number: int) -> tuple[IndexedSegment, int]:
+        """Segment of a document and its number there."""
+        for begin, held in self._numbered():
+            if number < begin + len(held):
+                return held, number - begin
         raise AssertionError("every number lies in a segment")
 
-    def _best(self, queries: EncodedTexts, part: str, depth: int) -> list[Numbers]:
-        """Numbers of the `depth` documents of the largest dense or sparse score, of each query, in ascending order."""
+    def _best_dense(self, queries: EncodedTexts, depth: int) -> list[Numbers]:
+        """Numbers of the `depth` documents of the largest dense score, of each query, in ascending order."""
         count = len(queries)
+        assert queries.dense is not None
         scores = np.zeros((count, 0), dtype=np.float32)
         numbers = np.zeros((count, 0), dtype=np.int64)
-        for begin, segment in self._numbered():
+        for begin, held in self._numbered():
+            dense = held.segment.embeddings.dense
+            assert dense is not None
             step = max(_SCORE_BLOCK // count, 1)
-            for first in range(0, len(segment), step):
-                last = min(first + step, len(segment))
-                block = _scores_of_range(queries, segment, part, first, last)
+            for first in range(0, len(held), step):
+                last = min(first + step, len(held))
+                block = queries.dense @ dense[first:last].T
+                if held.deleted is not None:
+                    block[:, held.deleted[first:last]] = -np.inf
                 fresh = np.broadcast_to(np.arange(begin + first, begin + last), block.shape)
                 scores = np.concatenate([scores, block], axis=1)
                 numbers = np.concatenate([numbers, fresh], axis=1)
                 scores, numbers = _keep_best(scores, numbers, depth)
-        if part == "sparse":
-            return [row[score > 0] for row, score in zip(numbers, scores)]
-        return list(numbers)
+        return [row[score > -np.inf] for row, score in zip(numbers, scores)]
+
+    def _best_sparse(self, queries: EncodedTexts, depth: int) -> list[Numbers]:
+        """As `_best_dense`, of the largest sparse score; only documents that share a token with the query."""
+        assert queries.sparse is not None
+        index = SparseIndex.of_segments([part for held in self._segments for part in held.inverted.segments()])
+        deleted = self._deleted()
+        wanted = min(depth, len(index))
+        while True:
+            listed = index.search(_plain(queries.sparse), wanted).passages.numpy()
+            found = [row[row >= 0] for row in listed]
+            if deleted is None:
+                break
+            # Of the `wanted` best the living ones are the best among the living.
+            full = [len(row) == wanted for row in found]
+            found = [row[~deleted[row]] for row in found]
+            if wanted == len(index) or all(len(row) >= depth for row, more in zip(found, full) if more):
+                break
+            wanted = min(2 * wanted, len(index))
+        return [np.sort(row[:depth]) for row in found]
 
     def _first_scores(self, queries: EncodedTexts, query: int, numbers: Numbers) -> dict[str, Scores]:
         """Dense and sparse scores of one query with the documents of these ascending numbers."""
         scores: dict[str, list[Scores]] = {part: [] for part in ("dense", "sparse") if part in self.parts}
         one = queries.select([query])
-        for begin, segment in self._numbered():
-            local = _within(numbers, begin, len(segment))
+        for begin, held in self._numbered():
+            local = _within(numbers, begin, len(held))
+            stored = held.segment.embeddings
             if "dense" in scores:
-                assert one.dense is not None and segment.embeddings.dense is not None
-                scores["dense"].append(segment.embeddings.dense[local] @ one.dense[0])
+                assert one.dense is not None and stored.dense is not None
+                scores["dense"].append(stored.dense[local] @ one.dense[0])
             if "sparse" in scores:
-                chosen = type(segment.embeddings)(sparse=segment.embeddings.sparse).select(local.tolist()).sparse
+                chosen = type(stored)(sparse=stored.sparse).select(local.tolist()).sparse
                 assert one.sparse is not None and chosen is not None
                 scores["sparse"].append(sparse_scores(_plain(one.sparse), chosen)[0].numpy())
         return {part: np.concatenate(values) for part, values in scores.items()}
@@ -377,10 +492,10 @@ class ExactIndex:
         results: list[Scores] = [np.zeros(len(numbers), dtype=np.float32) for numbers in found]
         rows, offsets = queries.multi_vector
         rows = rows.to(self._row_dtype)
-        for begin, segment in self._numbered():
-            stored = segment.embeddings.multi_vector
+        for begin, held in self._numbered():
+            stored = held.segment.embeddings.multi_vector
             assert stored is not None
-            places = [np.flatnonzero((begin <= numbers) & (numbers < begin + len(segment))) for numbers in found]
+            places = [np.flatnonzero((begin <= numbers) & (numbers < begin + len(held))) for numbers in found]
             pairs = [
                 np.stack([np.full(len(place), query), found[query][place] - begin], axis=1)
                 for query, place in enumerate(places)
@@ -391,20 +506,13 @@ class ExactIndex:
                 results[query][places[query]] = values
         return results
 
-
-def _scores_of_range(queries: EncodedTexts, segment: Segment, part: str, first: int, last: int) -> Scores:
-    """Scores [Nq, last - first] of one part with the documents first … last - 1 of a segment."""
-    if part == "dense":
-        assert queries.dense is not None and segment.embeddings.dense is not None
-        dense: Scores = queries.dense @ segment.embeddings.dense[first:last].T
-        return dense
-    stored, asked = segment.embeddings.sparse, queries.sparse
-    assert stored is not None and asked is not None
-    begin, end = int(stored.offsets[first]), int(stored.offsets[last])
-    window = SparseBatch(
-        stored.token_ids[begin:end], stored.weights[begin:end], stored.offsets[first : last + 1] - begin
-    )
-    return sparse_scores(_plain(asked), window).numpy()
+    def _made(self, queries: EncodedTexts, found: Sequence[Numbers], encode: Encode) -> list[Scores]:
+        """As `_multi_vector_scores`, with multi-vectors made of the documents' JSON objects, each once."""
+        assert queries.multi_vector is not None
+        chosen = np.unique(np.concatenate(found))
+        contents = [held.segment.document(local) for held, local in map(self._at, chosen.tolist())]
+        places = [np.searchsorted(chosen, numbers) for numbers in found]
+        return scores_of_encoded(queries.multi_vector, contents, places, encode)
 
 
 def _plain(batch: SparseBatch) -> SparseBatch:
@@ -466,8 +574,10 @@ def _check_values(name: str, embeddings: EncodedTexts) -> None:
     """Raise ValueError for NaN or infinity, which no ranking can order."""
     if embeddings.dense is not None and not np.isfinite(embeddings.dense).all():
         raise ValueError(f"{name} have dense values that are not finite")
-    if embeddings.sparse is not None and not torch.isfinite(embeddings.sparse.weights).all():
-        raise ValueError(f"{name} have token weights that are not finite")
+    if embeddings.sparse is not None:
+        weights = embeddings.sparse.weights
+        if not torch.isfinite(weights).all() or (weights < 0).any():
+            raise ValueError(f"{name} have token weights that are negative or not finite")
     if embeddings.multi_vector is not None and not torch.isfinite(embeddings.multi_vector.rows).all():
         raise ValueError(f"{name} have multi-vector values that are not finite")
 

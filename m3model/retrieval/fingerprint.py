@@ -1,4 +1,4 @@
-"""Fingerprint of a model: what its three heads make of one fixed text.
+"""Fingerprints: of a model, what its three heads make of one fixed text; of a document, the hash of its JSON object.
 
 Vectors of two models must not meet in one index. The fingerprint tells models apart by what counts, their output: it
 covers encoder, heads, tokenizer, prefixes and pooling, costs one short forward pass, and bears the rounding of another
@@ -8,7 +8,10 @@ dtype or device, which a checksum of weight files would not.
 from __future__ import annotations
 
 import base64
-from typing import TYPE_CHECKING
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +19,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from m3model.model import M3Model
 
-__all__ = ["fingerprint", "same_model"]
+__all__ = ["document_digest", "fingerprint", "same_model"]
 
 PROBE = "The eigenvalues of a symmetric matrix are real. 对称矩阵的特征值是实数。 42"
 TOLERANCE = 0.03
@@ -42,6 +45,12 @@ def same_model(left: str, right: str) -> bool:
     ends = np.cumsum(first[:3].astype(int))
     parts = zip(np.split(first[3:], ends[:-1]), np.split(second[3:], ends[:-1]))
     return all(np.linalg.norm(a - b) <= TOLERANCE * max(np.linalg.norm(a), np.linalg.norm(b)) for a, b in parts)
+
+
+def document_digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object, the same for every order of its keys."""
+    text = json.dumps(document, ensure_ascii=True, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _numbers(text: str) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3model.embeddings import EncodedTexts
+from m3model.retrieval.reranking import Encode
 from m3model.scoring import DEFAULT_WEIGHTS
 
 __all__ = ["CANDIDATES", "HEADS", "RERANK", "Head", "Hit", "Ranking", "SearchIndex"]
@@ -84,6 +85,17 @@ class SearchIndex(Protocol):
     ) -> None:
         """Add documents under new ids, with what the index should give back for them (JSON objects)."""
 
+    def upsert(
+        self,
+        ids: Sequence[str],
+        embeddings: EncodedTexts,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Add documents, or replace those of the same ids."""
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove documents; how many of the ids were there."""
+
     def search(
         self,
         queries: EncodedTexts,
@@ -93,6 +105,7 @@ class SearchIndex(Protocol):
         weights: tuple[float, float, float] = DEFAULT_WEIGHTS,
         candidates: int = CANDIDATES,
         rerank: int | None = RERANK,
+        encode: Encode | None = None,
     ) -> list[Ranking]:
         """The best k documents for every query."""
 

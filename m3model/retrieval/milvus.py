@@ -13,7 +13,8 @@ all, and writing it again changes nothing. Searching and reranking:
     dense, sparse   Milvus's search on the field (inner product)
     dense+sparse    the union of both lists; what one list lacks is fetched and scored here, so that scores are those
                     of ExactIndex; fusion="rrf" asks Milvus's own hybrid search for reciprocal rank fusion instead
-    multi_vector    pieces of the best `rerank` documents are fetched and compared by maxsim_pairs
+    multi_vector    pieces of the best `rerank` documents are fetched and compared by maxsim_pairs; where the index
+                    holds no multi-vectors, the documents' JSON is fetched and `encode` makes them
 
 Milvus refuses empty sparse vectors: a text without tokens gets one token id that no tokenizer has, of weight 1e-30.
 Strings in keys and filters are percent-encoded, since pymilvus puts them between quotes as they are.
@@ -22,7 +23,6 @@ Strings in keys and filters are percent-encoded, since pymilvus puts them betwee
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 from collections import Counter
@@ -36,9 +36,10 @@ from numpy.typing import NDArray
 
 from m3kernels import SparseBatch, maxsim_pairs
 from m3kernels.sparse.batch import NO_ID
-from m3model.embeddings import EncodedTexts
-from m3model.retrieval.fingerprint import same_model
+from m3model.embeddings import EncodedTexts, MultiVectors
+from m3model.retrieval.fingerprint import document_digest, same_model
 from m3model.retrieval.interface import CANDIDATES, RERANK, Head, Ranking
+from m3model.retrieval.reranking import Encode, scores_of_encoded
 from m3model.scoring import DEFAULT_WEIGHTS, check_weights
 
 __all__ = ["MilvusIndex"]
@@ -157,7 +158,7 @@ class MilvusIndex:
         return ("dense", "sparse") if self.row_width is None else ("dense", "sparse", "multi_vector")
 
     def digests(self, ids: Sequence[str]) -> dict[str, str]:
-        """For those of `ids` that the index holds, the digest of what was stored (see `document_digest`)."""
+        """For those of `ids` that the index holds, the digest of what was stored (fingerprint.document_digest)."""
         found = self._entries(ids, ["digest"])
         return {document: str(entry["digest"]) for document, entry in found.items()}
 
@@ -226,11 +227,10 @@ class MilvusIndex:
         Raises:
             KeyError: there is no such id.
         """
-        found = self._entries([document], ["document_pieces", "row_pieces"])
-        if not found:
+        stored = self._stored([document], "document")
+        if document not in stored:
             raise KeyError(f"there is no document {document!r} in the index")
-        text = self._contents({document: int(found[document]["document_pieces"])}, "document")[document]
-        loaded: dict[str, Any] = json.loads(text)
+        loaded: dict[str, Any] = json.loads(stored[document])
         return loaded
 
     def search(
@@ -242,6 +242,7 @@ class MilvusIndex:
         weights: tuple[float, float, float] = DEFAULT_WEIGHTS,
         candidates: int = CANDIDATES,
         rerank: int | None = RERANK,
+        encode: Encode | None = None,
         filter: Filter | None = None,
         fusion: Literal["weighted", "rrf"] = "weighted",
     ) -> list[Ranking]:
@@ -249,7 +250,7 @@ class MilvusIndex:
 
         Args:
             queries: with every representation that the head needs.
-            k, weights, candidates, rerank: as in ExactIndex.search; rerank None reranks all candidates.
+            k, weights, candidates, rerank, encode: as in ExactIndex.search; rerank None reranks all candidates.
             filter: {field: value or list of values}: only documents whose JSON has one of the values in each field.
             fusion: "rrf" for head "dense+sparse": scores are Σ 1 / (60 + rank) over the two lists, made by Milvus.
 
@@ -265,7 +266,7 @@ class MilvusIndex:
             raise ValueError(f"fusion is {fusion!r} for head {head!r}; accepted: weighted, or rrf for dense+sparse")
         check_weights(weights)
         reranking = head in ("multi_vector", "all")
-        if reranking and self.row_width is None:
+        if reranking and self.row_width is None and encode is None:
             raise ValueError(f"head is {head!r}, but the index has no multi_vector; it has dense, sparse")
         self._check_queries(queries, reranking)
         expression = _expression(filter)
@@ -283,7 +284,7 @@ class MilvusIndex:
             if reranking:
                 kept = None if rerank is None else max(rerank, k)
                 found, columns = _best(found, columns, [_weighted(one, weights, parts) for one in columns], kept)
-                self._add_row_scores(block, found, columns)
+                self._add_row_scores(block, found, columns, encode)
                 parts = ("multi_vector",) if head == "multi_vector" else ("dense", "sparse", "multi_vector")
             scores = [_weighted(one, weights, parts) for one in columns]
             found, columns = _best(found, [{**one, "score": score} for one, score in zip(columns, scores)], scores, k)
@@ -295,7 +296,7 @@ class MilvusIndex:
     ) -> list[Ranking]:
         """Rankings with the scores of every representation that index and queries have."""
         if not reranked and self.row_width is not None and all(query.rows is not None for query in block):
-            self._add_row_scores(block, found, columns)
+            self._add_row_scores(block, found, columns, None)
         return [
             Ranking(ids, one["score"], one.get("dense"), one.get("sparse"), one.get("multi_vector"))
             for ids, one in zip(found, columns)
@@ -508,14 +509,16 @@ class MilvusIndex:
         return columns
 
     def _add_row_scores(
-        self, block: Sequence[_Query], found: list[list[str]], columns: list[dict[str, Scores]]
+        self, block: Sequence[_Query], found: list[list[str]], columns: list[dict[str, Scores]], encode: Encode | None
     ) -> None:
-        """Put MaxSim of each query with its documents into columns["multi_vector"]."""
-        assert self.row_width is not None
+        """Put MaxSim of each query with its documents into columns["multi_vector"]; `encode` as in `search`."""
+        if self.row_width is None:
+            assert encode is not None
+            self._add_encoded_scores(block, found, columns, encode)
+            return
         for query, own, one in zip(block, found, columns):
             assert query.rows is not None
-            entries = self._entries(own, ["row_pieces"])
-            stored = self._contents({document: int(entry["row_pieces"]) for document, entry in entries.items()}, "rows")
+            stored = self._stored(own, "row")
             rows = [np.frombuffer(stored[document], dtype=np.float16).reshape(-1, self.row_width) for document in own]
             offsets = torch.tensor([0, *np.cumsum([len(part) for part in rows]).tolist()], dtype=torch.int32)
             passages = np.concatenate([np.zeros((0, self.row_width), dtype=np.float16), *rows])
@@ -523,6 +526,27 @@ class MilvusIndex:
             bounds = torch.tensor([0, len(query.rows)], dtype=torch.int32)
             scores = maxsim_pairs(query.rows.half(), torch.from_numpy(passages), bounds, offsets, pairs)
             one["multi_vector"] = scores.float().numpy()
+
+    def _add_encoded_scores(
+        self, block: Sequence[_Query], found: list[list[str]], columns: list[dict[str, Scores]], encode: Encode
+    ) -> None:
+        chosen = sorted({document for own in found for document in own})
+        stored = self._stored(chosen, "document")
+        place = {document: number for number, document in enumerate(chosen)}
+        rows = [query.rows for query in block if query.rows is not None]
+        offsets = torch.tensor([0, *np.cumsum([len(part) for part in rows]).tolist()], dtype=torch.int32)
+        candidates = [np.array([place[document] for document in own], dtype=np.int64) for own in found]
+        contents = [json.loads(stored[document]) for document in chosen]
+        for one, scores in zip(
+            columns, scores_of_encoded(MultiVectors(torch.cat(rows), offsets), contents, candidates, encode)
+        ):
+            one["multi_vector"] = scores
+
+    def _stored(self, ids: Sequence[str], what: Literal["document", "row"]) -> dict[str, bytes]:
+        """JSON or rows of documents that the index holds, as they were stored."""
+        entries = self._entries(ids, [f"{what}_pieces"])
+        counts = {document: int(entry[f"{what}_pieces"]) for document, entry in entries.items()}
+        return self._contents(counts, "rows" if what == "row" else what)
 
     def _fused(self, block: Sequence[_Query], k: int, depth: int, expression: str) -> list[Ranking]:
         """Milvus's own reciprocal rank fusion of both fields."""
@@ -560,12 +584,6 @@ class _Query:
         if part == "dense":
             return float(np.asarray(stored, dtype=np.float32) @ self.dense)
         return float(sum(weight * self.sparse.get(int(token), 0.0) for token, weight in stored.items()))
-
-
-def document_digest(document: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON object, the same for every order of its keys."""
-    text = json.dumps(document, ensure_ascii=True, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _key(document: str) -> str:

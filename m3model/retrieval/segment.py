@@ -46,6 +46,9 @@ class PackedStrings:
         np.cumsum(lengths, out=offsets[1:])
         return cls(np.concatenate([part.data for part in parts]), offsets)
 
+    def select(self, numbers: Sequence[int]) -> PackedStrings:
+        return PackedStrings.of([self[number] for number in numbers])
+
     def __getitem__(self, number: int) -> str:
         begin, end = self.offsets[number : number + 2]
         return bytes(self.data[begin:end]).decode("utf-8", "surrogatepass")
@@ -80,6 +83,10 @@ class Segment:
             PackedStrings.concatenate([part.documents for part in parts]),
             M3Embeddings.concatenate([part.embeddings for part in parts]),
         )
+
+    def select(self, numbers: Sequence[int]) -> Segment:
+        """A copy of the documents with these numbers."""
+        return Segment(self.ids.select(numbers), self.documents.select(numbers), self.embeddings.select(numbers))
 
     def __len__(self) -> int:
         return len(self.ids.offsets) - 1

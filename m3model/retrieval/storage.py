@@ -1,10 +1,13 @@
 """Index folders: immutable segments and one manifest that names them.
 
     manifest.json          {"format", "version", "generation", "fingerprint", "metadata", "segments": [...], "crc32"}
-    segment-<name>/        ids.npy id_offsets.npy documents.npy ... (m3model.retrieval.segment), plain .npy files
+    segment-<name>/        ids.npy id_offsets.npy documents.npy ... (m3model.retrieval.segment), plain .npy files;
+                           inverted_*.npy, the inverted index of the token weights (m3kernels.SparseIndex);
+                           deleted-<state>.npy, the numbers of deleted documents, if there are any
 
 A segment is written and flushed first; then a new manifest takes the place of the old one by rename. Whatever happens
-in between, the folder is the old index or the new one, and segments that are in it already are not written again. The
+in between, the folder is the old index or the new one. Segments that are in it already are not written again; where
+documents were deleted from one, a new file of deletions takes the place of the old one with the manifest. The
 manifest holds size and CRC-32 of every file; files are mapped into memory, so an index may be larger than that.
 """
 
@@ -16,6 +19,7 @@ import os
 import secrets
 import shutil
 import zlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -24,15 +28,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3model.files import flush, locked, write_whole
-from m3model.retrieval.segment import Segment
+from m3model.retrieval.indexed_segment import IndexedSegment
 
 __all__ = ["FORMAT", "VERSION", "Manifest", "is_index", "read_index", "write_index"]
 
 FORMAT = "m3model exact index"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 22
-_PARTS = ({"dense"}, {"token_ids", "token_weights", "token_offsets"}, {"rows", "row_offsets"})
+_DELETED = "deleted"
+_INVERTED_DTYPES = {
+    "inverted_term_id": "<i4",
+    "inverted_term_scale": "<f4",
+    "inverted_term_begin": "<i8",
+    "inverted_block": "<i4",
+    "inverted_block_max": "<f4",
+    "inverted_posting_begin": "<i8",
+    "inverted_place": "|u1",
+    "inverted_weight": "<f4",
+}
+_PARTS: tuple[set[str], ...] = (
+    {"dense"},
+    {"token_ids", "token_weights", "token_offsets", *_INVERTED_DTYPES},
+    {"rows", "row_offsets"},
+)
 _DTYPES = {
     "ids": "|u1",
     "id_offsets": "<i8",
@@ -44,6 +63,8 @@ _DTYPES = {
     "token_offsets": "<i4",
     "rows": ("<f4", "<f2", "<u2"),
     "row_offsets": "<i4",
+    _DELETED: "<i8",
+    **_INVERTED_DTYPES,
 }
 
 
@@ -62,19 +83,19 @@ def is_index(folder: Path) -> bool:
 
 def write_index(
     folder: Path,
-    segments: list[tuple[str | None, Segment]],
+    segments: list[IndexedSegment],
     fingerprint: str | None,
     metadata: dict[str, Any],
     expected_generation: str | None,
-) -> tuple[str, list[str]]:
-    """Write segments that have no name yet, then the manifest; drop segments that it no longer names.
+) -> str:
+    """Write segments that do not lie in this folder, then the manifest; drop what it no longer names.
 
     Args:
-        segments: each with the name under which it already lies in this folder, or None.
-        expected_generation: the state that `segments` came from; None replaces whatever index is there.
+        segments: given the names of their folders, and their deletions marked as saved, once the manifest is written.
+        expected_generation: the state of this folder that `segments` came from; None replaces whatever index is there.
 
     Returns:
-        The new generation and the names of all segments.
+        The new generation.
 
     Raises:
         FileExistsError: `folder` is a file, or a folder with something else in it.
@@ -90,15 +111,21 @@ def write_index(
     with _locked(folder):
         if expected_generation is not None:
             _check_generation(folder, expected_generation)
-        entries, names = [], []
+        entries = []
         known = {entry["name"]: entry for entry in _read_manifest(folder)["segments"]} if expected_generation else {}
-        for name, segment in segments:
-            if name is None or name not in known:
-                name = f"segment-{secrets.token_hex(8)}"
-                entries.append({"name": name, "count": len(segment), "files": _write_segment(folder / name, segment)})
+        for held in segments:
+            if held.name in known:
+                entry = known[held.name]
+                if not held.deletions_saved:
+                    place = folder / entry["name"]
+                    kept = {name: facts for name, facts in entry["files"].items() if not _is_deletions(name)}
+                    entry = {**entry, "files": kept | _write_arrays(place, _deletions(held))}
             else:
-                entries.append(known[name])
-            names.append(name)
+                name = f"segment-{secrets.token_hex(8)}"
+                (folder / name).mkdir()
+                files = _write_arrays(folder / name, held.arrays() | _deletions(held))
+                entry = {"name": name, "count": len(held), "files": files}
+            entries.append(entry)
         generation = secrets.token_hex(8)
         _write_manifest(
             folder,
@@ -111,13 +138,13 @@ def write_index(
                 "segments": entries,
             },
         )
-        for entry in folder.iterdir():
-            if _is_segment(entry) and entry.name not in names:
-                shutil.rmtree(entry)
-    return generation, names
+        for held, entry in zip(segments, entries):
+            held.name, held.deletions_saved = entry["name"], True
+        _drop_unnamed(folder, entries)
+    return generation
 
 
-def read_index(folder: Path, *, verify: bool) -> tuple[Manifest, list[tuple[str, Segment]]]:
+def read_index(folder: Path, *, verify: bool) -> tuple[Manifest, list[IndexedSegment]]:
     """The manifest and the segments, their arrays mapped into memory (copy on write).
 
     Args:
@@ -130,12 +157,14 @@ def read_index(folder: Path, *, verify: bool) -> tuple[Manifest, list[tuple[str,
     values = _read_manifest(folder)
     segments = []
     for entry in values["segments"]:
-        arrays = {
-            name.removesuffix(".npy"): _read_array(folder / entry["name"] / name, facts, verify)
-            for name, facts in entry["files"].items()
-        }
-        _check_arrays(folder / entry["name"], arrays, entry["count"])
-        segments.append((entry["name"], Segment.from_arrays(arrays)))
+        place = folder / entry["name"]
+        arrays = {_array_name(name): _read_array(place / name, facts, verify) for name, facts in entry["files"].items()}
+        _check_arrays(place, arrays, entry["count"])
+        deleted = arrays.pop(_DELETED, np.zeros(0, dtype=np.int64))
+        try:
+            segments.append(IndexedSegment.from_arrays(arrays, entry["name"], deleted))
+        except ValueError as error:
+            raise ValueError(f"{place} is damaged: {error}") from error
     return Manifest(values["generation"], values["fingerprint"], values["metadata"]), segments
 
 
@@ -155,10 +184,9 @@ class _ChecksummedWriter(io.RawIOBase):
         return len(view)
 
 
-def _write_segment(folder: Path, segment: Segment) -> dict[str, dict[str, int]]:
-    folder.mkdir()
+def _write_arrays(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str, dict[str, int]]:
     facts = {}
-    for name, array in segment.arrays().items():
+    for name, array in arrays.items():
         with open(folder / f"{name}.npy", "xb") as file:
             writer = _ChecksummedWriter(file)
             np.lib.format.write_array(writer, np.ascontiguousarray(array), allow_pickle=False)
@@ -167,6 +195,33 @@ def _write_segment(folder: Path, segment: Segment) -> dict[str, dict[str, int]]:
         facts[f"{name}.npy"] = {"bytes": writer.written, "crc32": writer.crc32}
     flush(folder)
     return facts
+
+
+def _deletions(held: IndexedSegment) -> dict[str, NDArray[np.int64]]:
+    """Under a name of its own for every state, so that the file of the state before stays until the manifest is new."""
+    if held.deleted is None:
+        return {}
+    return {f"{_DELETED}-{secrets.token_hex(8)}": np.flatnonzero(held.deleted).astype(np.int64)}
+
+
+def _array_name(file: str) -> str:
+    return _DELETED if _is_deletions(file) else file.removesuffix(".npy")
+
+
+def _is_deletions(file: str) -> bool:
+    return file.startswith(f"{_DELETED}-")
+
+
+def _drop_unnamed(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Remove segments and files of deletions that are not in the manifest."""
+    files = {entry["name"]: entry["files"] for entry in entries}
+    for place in folder.iterdir():
+        if _is_segment(place) and place.name not in files:
+            shutil.rmtree(place)
+        elif _is_segment(place):
+            for path in place.iterdir():
+                if _is_deletions(path.name) and path.name not in files[place.name]:
+                    path.unlink()
 
 
 def _write_manifest(folder: Path, values: dict[str, Any]) -> None:
@@ -246,16 +301,19 @@ def _check_arrays(folder: Path, arrays: dict[str, NDArray[Any]], count: int) -> 
     for part in _PARTS:
         if part & arrays.keys():
             names |= part
-    if arrays.keys() != names:
+    if arrays.keys() - {_DELETED} != names:
         raise ValueError(f"{folder} has the arrays {sorted(arrays)}; expected {sorted(names)}")
     for name, array in arrays.items():
         if array.dtype.str not in _DTYPES[name]:
             raise ValueError(f"{folder / name}.npy has dtype {array.dtype.str}; expected {_DTYPES[name]}")
         if array.ndim != (2 if name in ("dense", "rows") else 1):
             raise ValueError(f"{folder / name}.npy has shape {array.shape}")
-        wanted = {"dense": count}.get(name, count + 1 if name.endswith("offsets") else None)
+        wanted = {"dense": count}.get(name, count + 1 if name.endswith("_offsets") else None)
         if wanted is not None and len(array) != wanted:
             raise ValueError(f"{folder / name}.npy has {len(array)} rows; expected {wanted} for {count} documents")
+    deleted = arrays.get(_DELETED)
+    if deleted is not None and len(deleted) and not (0 <= deleted.min() <= deleted.max() < count):
+        raise ValueError(f"{folder} has deletions outside its {count} documents")
 
 
 def _crc32(path: Path) -> int:

@@ -2,7 +2,8 @@
 Shards of `m3 encode --out FOLDER` are stored the same way without being encoded again.
 
 What was acknowledged survives a crash; what was not is encoded again when the same stream is given again. A document
-that the index holds is passed over, so that ingest can be stopped and repeated at any time and nothing is doubled.
+that the index holds as it is given is passed over, so that ingest can be stopped and repeated at any time and nothing
+is doubled; one whose JSON object has changed is encoded and replaced.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 
 from m3model.embeddings import EncodedTexts, M3Embeddings
 from m3model.retrieval.exact import ExactIndex
-from m3model.retrieval.milvus import MilvusIndex, document_digest
+from m3model.retrieval.fingerprint import document_digest
+from m3model.retrieval.milvus import MilvusIndex
 from m3model.shards import EncodedShards
 
 __all__ = ["ingest_shards", "ingest_stream"]
@@ -36,9 +38,8 @@ def ingest_stream(
 
     Args:
         index: an ExactIndex, which is saved to `folder` after every block, or a MilvusIndex.
-        documents: ids and JSON objects. A MilvusIndex replaces a document whose object has changed; an ExactIndex
-            keeps what it holds.
-        encode: from the JSON objects of a block to their embeddings; called for new documents only.
+        documents: ids and JSON objects.
+        encode: from the JSON objects of a block to their embeddings; called for new and changed documents only.
         folder: of the ExactIndex.
         block: documents encoded and stored together.
 
@@ -56,18 +57,12 @@ def ingest_stream(
             if document in fresh and fresh[document] != content:
                 raise ValueError(f"the id {document!r} comes twice with different contents")
             fresh[document] = content
-        if isinstance(index, MilvusIndex):
-            held = index.digests(list(fresh))
-            new = {name: content for name, content in fresh.items() if held.get(name) != document_digest(content)}
-        else:
-            new = {name: content for name, content in fresh.items() if name not in index}
+        held = index.digests(list(fresh))
+        new = {name: content for name, content in fresh.items() if held.get(name) != document_digest(content)}
         if new:
             contents = list(new.values())
-            embeddings = encode(contents)
-            if isinstance(index, MilvusIndex):
-                index.upsert(list(new), embeddings, contents)
-            else:
-                index.add(list(new), embeddings, contents)
+            index.upsert(list(new), encode(contents), contents)
+            if isinstance(index, ExactIndex):
                 assert folder is not None
                 index.save(folder)
         yield list(fresh)
@@ -83,7 +78,7 @@ def ingest_shards(
     """Add encoded documents; yields the ids of each shard once it is stored in `folder`.
 
     Args:
-        index: documents whose id it holds are passed over.
+        index: documents that it holds as they are in the shards are passed over.
         multi_vector_dtype: type in which multi-vectors are kept; None leaves them out.
 
     Raises:
@@ -99,13 +94,14 @@ def ingest_shards(
             if name in fresh and segment.document(fresh[name]) != segment.document(number):
                 raise ValueError(f"the id {name!r} comes twice with different contents")
             fresh.setdefault(name, number)
-        new = [number for name, number in fresh.items() if name not in index]
+        held = index.digests(list(fresh))
+        new = [n for name, n in fresh.items() if held.get(name) != document_digest(segment.document(n))]
         if new:
             embeddings = segment.embeddings
             rows = embeddings.multi_vector
             if rows is not None:
                 rows = None if multi_vector_dtype is None else rows._replace(rows=rows.rows.to(multi_vector_dtype))
             chosen = M3Embeddings(embeddings.dense, embeddings.sparse, rows).select(new)
-            index.add([ids[number] for number in new], chosen, [segment.document(number) for number in new])
+            index.upsert([ids[number] for number in new], chosen, [segment.document(number) for number in new])
             index.save(folder)
         yield ids

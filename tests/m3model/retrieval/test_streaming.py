@@ -34,12 +34,18 @@ def test_a_stream_given_again_adds_only_what_is_new(engine: str, tmp_path: Path)
     assert encoder.encoded == list(range(10))
     list(ingest_stream(index, [*documents(10), *documents(13)], encoder, folder=folder, block=4))
     assert encoder.encoded == list(range(13)) and len(index) == 13
+    list(ingest_stream(index, documents(2, version=1), encoder, folder=folder, block=4))
+    assert encoder.encoded[13:] == [0, 1] and len(index) == 13
     if isinstance(index, MilvusIndex):
-        list(ingest_stream(index, documents(2, version=1), encoder, block=4))
-        assert encoder.encoded[13:] == [0, 1] and index.document("d1") == {"n": 1, "version": 1}
         index.close()
     again, _ = open_index(engine, tmp_path)
     assert len(again) == 13 and again.document("d12") == {"n": 12, "version": 0}
+    assert again.document("d1") == {"n": 1, "version": 1}
+    # The vectors too are those of the new content.
+    asked = Encoder()([{"n": 1, "version": 1}])
+    assert again.search(asked, 1, head="dense")[0].ids == ["d1"]
+    if isinstance(again, MilvusIndex):
+        again.close()
 
 
 def test_bad_calls_are_refused(tmp_path: Path) -> None:
