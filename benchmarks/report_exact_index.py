@@ -3,12 +3,12 @@
     python -m benchmarks.report_exact_index FOLDER_WITH_ROOM ingest [documents]     adds what is missing, then stops
     python -m benchmarks.report_exact_index FOLDER_WITH_ROOM search                 measures single queries, writes JSON
 
-Dense vectors are random unit vectors in float32; sparse ones have 64 token ids spread over a vocabulary of 250 002, with
-frequencies that fall like those of words (rank r is drawn with probability proportional to 1 / (r + 10)), without the
-few ids that every text has. The index is saved and mapped again after every block, so that what is stored does not stay
-in the process's own memory. Latency is that of single queries on the mapped files: of the first (not all pages of the
-files in the page cache) and the median; memory is the process's anonymous resident memory, which is what it needs, and
-its mapped pages, which the system takes back when it wants them.
+Dense vectors are random unit vectors in float32; sparse ones have 64 token ids of a vocabulary of 250 002, drawn with
+probabilities proportional to 1 / (rank + 10) as those of words are, with weights from 0.01 to 1.01. The index is saved
+and mapped again after every block, so that what is stored does not stay in the process's own memory. Latency is that of
+single queries on the mapped files: of the first (not all pages of the files in the page cache) and the median; memory
+is the process's anonymous resident memory, which is what it needs, and its mapped pages, which the system takes back
+when it wants them.
 """
 
 from __future__ import annotations

@@ -40,7 +40,12 @@ def index(
         typer.Option(help="Take texts and vectors from this folder of `m3 encode --out` instead of a model and files."),
     ] = None,
     lines: Lines = False,
-    multi_vector: Annotated[bool, typer.Option(help="Keep a vector for every token, to rerank with.")] = True,
+    multi_vector: Annotated[
+        bool,
+        typer.Option(
+            help="Keep a vector for every token, to rerank with; without, `m3 search` makes them of candidates."
+        ),
+    ] = True,
     row_dtype: Annotated[FloatType, typer.Option(help="Type in which those vectors are kept.")] = FloatType.float16,
     max_length: MaxLength = 8192,
     batch_tokens: BatchTokens = None,
@@ -50,7 +55,8 @@ def index(
     quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
-    """Index texts. Documents whose id the index holds are passed over, so a run that was stopped can be repeated."""
+    """Index texts. Documents that the index holds are passed over, so a run that was stopped can be repeated; those
+    whose text or other fields have changed are replaced."""
     from m3model.cli.output import document_bar, print_json, print_table
 
     if encoded is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +22,8 @@ from m3model.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from m3model.embeddings import EncodedTexts
+    from m3model.model import M3Model
     from m3model.retrieval import ExactIndex, Ranking
 
 
@@ -45,9 +49,12 @@ def search(
     quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
-    """Search an index: a table for each query, or with --json a line of JSON."""
+    """Search an index: a table for each query, or with --json a line of JSON.
+
+    Heads "all" and "multi_vector" rerank; in an index made with --no-multi-vector the candidates are encoded for that.
+    """
     from m3model.cli.inputs import read_queries
-    from m3model.cli.output import print_json
+    from m3model.cli.output import message, print_json
     from m3model.retrieval import ExactIndex, fingerprint
 
     mix = parse_weights(weights)
@@ -61,13 +68,25 @@ def search(
     loaded = load_model(name, device, dtype, quantize or collection.metadata.get("quantization"))
     collection.check_model(fingerprint(loaded))
     embedded = loaded.encode(asked, role="query")
-    found = collection.search(embedded, k, head=head, weights=mix, candidates=candidates, rerank=rerank)
+    encode = None
+    if collection.parts and "multi_vector" not in collection.parts and head in ("all", "multi_vector"):
+        message(
+            f"The index has no multi-vectors: the {max(rerank, k)} best documents of each query are encoded now."
+            " --rerank takes fewer, --head dense+sparse none."
+        )
+        encode = partial(_candidates, loaded, collection.metadata.get("max_length", 8192))
+    found = collection.search(embedded, k, head=head, weights=mix, candidates=candidates, rerank=rerank, encode=encode)
     for query, ranking in zip(asked, found):
         if as_json:
             hits = [{**hit._asdict(), **collection.document(hit.id)} for hit in ranking]
             print_json({"query": query, "hits": hits})
         else:
             _print(collection, query, ranking)
+
+
+def _candidates(model: M3Model, max_length: int, contents: Sequence[Mapping[str, Any]]) -> EncodedTexts:
+    texts = [content["text"] for content in contents]
+    return model.encode(texts, dense=False, sparse=False, max_length=max_length)
 
 
 def _print(collection: ExactIndex, query: str, ranking: Ranking) -> None:
