@@ -215,8 +215,7 @@ def _show_measured(measured: Sequence[Places], pairs: int) -> None:
         name = "hybrid" if head == "all" else head.replace("_", "-")
         rows.append([name, *(f"{_mrr(found):.3f}" for found in places), *recalls])
     columns = ["head", *(f"MRR@10_{moment}" for moment in moments), *(f"Recall@10_{moment}" for moment in moments)]
-    training = ", before and after training on others" if len(measured) > 1 else ""
-    title = f"{pairs} summaries, each looking for its body among {pairs}{training}"
+    title = f"{pairs} summaries, each looking for its body among {pairs}"
     print_table(columns, rows, title=title, right=" ".join(columns[1:]))
     mix = " : ".join(f"{weight:g}" for weight in DEFAULT_WEIGHTS)
     stdout().print(f"hybrid = dense, sparse and multi-vector in the paper's proportion of {mix}\n")
