@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -44,7 +45,19 @@ def evaluate(
     baseline: Annotated[
         list[str] | None, typer.Option(help="Also this model of sentence-transformers; may be repeated.")
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder of encodings [default: OUT/cache].")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of encodings, for several runs of one model; it stays. [default: OUT/cache]"),
+    ] = None,
+    keep: Annotated[
+        Literal["all", "runs", "report"],
+        typer.Option(
+            help="What stays in OUT beside report and results.json. all: runs/ and qrels/ in TREC format for other"
+            " tools, about 60 bytes for each of up to 1000 passages a query, task and system; and cache/, embeddings of"
+            " all texts (multi-vectors: 2 · width bytes a token), with which another run encodes nothing. runs: without"
+            " cache. report: without both."
+        ),
+    ] = "all",
     max_length: MaxLength = 8192,
     query_max_length: Annotated[int, typer.Option(min=3, help="Tokens at which longer queries are cut.")] = 512,
     batch_tokens: BatchTokens = None,
@@ -85,6 +98,8 @@ def evaluate(
     note = _note(model, tasks, weights or published(tasks[0].preset), max_length, query_max_length)
     for path in write_report(results, out, f"{dataset}: {os.path.basename(model.rstrip('/'))}", note=note):
         message(f"wrote {path}")
+    for unwanted in {"all": [], "runs": ["cache"], "report": ["cache", "runs", "qrels"]}[keep]:
+        shutil.rmtree(out / unwanted, ignore_errors=True)
     _show(results, as_json)
 
 

@@ -44,21 +44,23 @@ def ingest_stream(
         block: documents encoded and stored together.
 
     Raises:
-        ValueError: an id comes twice in a block with different objects, an ExactIndex without folder, or block below 1.
+        ValueError: an id comes twice in the stream with different objects, an ExactIndex without folder, or block
+            below 1.
     """
     if isinstance(index, ExactIndex) == (folder is None):
         raise ValueError("folder is for an ExactIndex, which needs one; a MilvusIndex stores by itself")
     if block < 1:
         raise ValueError(f"block is {block}; accepted: at least 1")
     stream = iter(documents)
+    seen: set[str] = set()
     while taken := list(islice(stream, block)):
         fresh: dict[str, Mapping[str, Any]] = {}
         for document, content in taken:
-            if document in fresh and fresh[document] != content:
-                raise ValueError(f"the id {document!r} comes twice with different contents")
-            fresh[document] = content
+            if fresh.setdefault(document, content) != content:
+                raise _twice(document)
         held = index.digests(list(fresh))
         new = {name: content for name, content in fresh.items() if held.get(name) != document_digest(content)}
+        _check_unseen(seen, fresh, new)
         if new:
             contents = list(new.values())
             index.upsert(list(new), encode(contents), contents)
@@ -82,20 +84,22 @@ def ingest_shards(
         multi_vector_dtype: type in which multi-vectors are kept; None leaves them out.
 
     Raises:
-        ValueError: the texts were encoded as queries, an id comes twice in a shard with different objects, or the
+        ValueError: the texts were encoded as queries, an id comes twice with different objects, or the
             embeddings do not fit those of the index.
     """
     if shards.options["role"] != "passage":
         raise ValueError(f"{shards.folder} was encoded with role {shards.options['role']}; accepted: passage")
+    seen: set[str] = set()
     for segment in shards:
         ids = segment.ids.strings()
         fresh: dict[str, int] = {}
         for number, name in enumerate(ids):
-            if name in fresh and segment.document(fresh[name]) != segment.document(number):
-                raise ValueError(f"the id {name!r} comes twice with different contents")
-            fresh.setdefault(name, number)
+            if segment.document(fresh.setdefault(name, number)) != segment.document(number):
+                raise _twice(name)
         held = index.digests(list(fresh))
-        new = [n for name, n in fresh.items() if held.get(name) != document_digest(segment.document(n))]
+        changed = {name: n for name, n in fresh.items() if held.get(name) != document_digest(segment.document(n))}
+        _check_unseen(seen, fresh, changed)
+        new = list(changed.values())
         if new:
             embeddings = segment.embeddings
             rows = embeddings.multi_vector
@@ -105,3 +109,14 @@ def ingest_shards(
             index.upsert([ids[number] for number in new], chosen, [segment.document(number) for number in new])
             index.save(folder)
         yield ids
+
+
+def _check_unseen(seen: set[str], block: Iterable[str], new: Iterable[str]) -> None:
+    """Raise ValueError if a document that must be written was in a block before; note those of this block."""
+    if again := seen.intersection(new):
+        raise _twice(min(again))
+    seen.update(block)
+
+
+def _twice(document: str) -> ValueError:
+    return ValueError(f"the id {document!r} comes twice with different contents")

@@ -47,6 +47,11 @@ def test_one_command_makes_the_table(folder: Path, xquad: Path, tmp_path: Path) 
     again = m3(*command, "--json", "--heads", "dense", "--settings", "monolingual", "--queries", "2", "--no-bm25")
     assert again.exit_code == 0 and len(again.stdout.splitlines()) == 1
     assert "monolingual" in m3(*command, "--settings", "monolingual").stdout
+    report = {"report.md", "report.html", "results.json"}
+    for keep, left in (("runs", report | {"runs", "qrels"}), ("report", report)):
+        few = [*command, "--settings", "monolingual", "--heads", "sparse", "--no-bm25", "--keep", keep]
+        assert m3(*few, "--cache", tmp_path / "cache").exit_code == 0 and (tmp_path / "cache").is_dir()
+        assert {path.name for path in out.iterdir() if path.suffix != ".png"} == left
 
 
 def test_bad_arguments(folder: Path, xquad: Path, tmp_path: Path) -> None:

@@ -264,6 +264,9 @@ def test_names_outside_the_folder_are_refused(stored: Path) -> None:
         ("dense", np.zeros((11, 8), dtype=np.float32), "dense.npy has 11 rows; expected 12"),
         ("dense", np.zeros(12, dtype=np.float32), r"dense.npy has shape \(12,\)"),
         ("row_offsets", np.zeros(5, dtype=np.int32), "row_offsets.npy has 5 rows; expected 13"),
+        ("inverted_place", np.zeros(3, dtype=np.uint8), "is damaged: .* of segment 0 has"),
+        ("inverted_posting_begin", np.zeros(2, dtype=np.int32), "inverted_posting_begin.npy has dtype <i4"),
+        ("deleted-1", np.array([12]), "has deletions outside its 12 documents"),
     ],
 )
 def test_a_file_that_does_not_fit_the_others_is_refused(

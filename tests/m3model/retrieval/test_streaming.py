@@ -53,9 +53,10 @@ def test_bad_calls_are_refused(tmp_path: Path) -> None:
         list(ingest_stream(ExactIndex(), documents(1), Encoder()))
     with pytest.raises(ValueError, match="block is 0"):
         list(ingest_stream(ExactIndex(), documents(1), Encoder(), folder=str(tmp_path / "i"), block=0))
-    twice = [("a", {"n": 1}), ("a", {"n": 2})]
-    with pytest.raises(ValueError, match="'a' comes twice with different contents"):
-        list(ingest_stream(ExactIndex(), twice, Encoder(), folder=str(tmp_path / "i")))
+    twice = [("a", {"n": 1}), ("b", {"n": 3}), ("a", {"n": 2})]
+    for block in (1, 3):
+        with pytest.raises(ValueError, match="'a' comes twice with different contents"):
+            list(ingest_stream(ExactIndex(), twice, Encoder(), folder=str(tmp_path / f"i{block}"), block=block))
 
 
 @pytest.mark.parametrize("engine", engines)
