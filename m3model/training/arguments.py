@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -104,9 +104,22 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
         default=False, metadata=_help("Every parameter takes part in every step.")
     )
 
+    fsdp: bool = field(
+        default=False, metadata=_help("Cut weights, gradients and optimizer state over the processes (FSDP2).")
+    )
+    fsdp_config: dict[str, Any] | None = field(
+        default=None, metadata=_help("Not used: the embeddings and each layer are units.")
+    )
+
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "length_buckets"]
 
     def __post_init__(self) -> None:
+        if self.deepspeed:
+            raise ValueError(
+                "deepspeed is set; accepted: fsdp, which cuts weights, gradients and optimizer state over the processes"
+                " as ZeRO stage 3 does. DeepSpeed's engine takes backward passes of a loss only, and a split batch's"
+                " begin at the embeddings"
+            )
         best_is_asked_for = self.load_best_model_at_end or self.save_strategy == "best"
         if best_is_asked_for and self.metric_for_best_model is None:
             self.metric_for_best_model = f"ndcg@10_{'hybrid' if len(self.heads) > 1 else ''.join(self.heads)}"
@@ -149,13 +162,16 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
         assert isinstance(self.length_buckets, Mapping)
         return {int(length): int(size) for length, size in self.length_buckets.items()}
 
+    def _process_fsdp_args(self) -> None:
+        """Keep `fsdp` from accelerate: the trainer itself cuts the weights over the processes, also on CPUs."""
+        if not isinstance(self.fsdp, bool) or self.fsdp_config:
+            raise ValueError(
+                f"fsdp is {self.fsdp!r}, fsdp_config {self.fsdp_config}; accepted: fsdp true or false and no"
+                " fsdp_config: the embeddings and each layer are units"
+            )
+        self.fsdp_config = {}
+
     def _refuse_what_cannot_be_served(self) -> None:
-        for name in ("fsdp", "deepspeed"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name} is set; accepted: several processes under torchrun (DistributedDataParallel), because the"
-                    " packed backbone has been tested with no sharding of its weights"
-                )
         for name in ("label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel"):
             if getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}; the M3 loss has no such thing")

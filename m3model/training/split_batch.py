@@ -16,12 +16,14 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from m3kernels import SparseBatch
 from m3model.embeddings import M3Embeddings, MultiVectors
 from m3model.training.losses import M3Loss
+from m3model.training.sharding import is_sharded
 
 __all__ = ["split_batch_backward", "sub_batches"]
 
@@ -41,8 +43,9 @@ def split_batch_backward(
     """Add the gradients of `scale` · loss_of(embeddings of all texts).total to the parameters of `encoder`.
 
     Args:
-        encoder: a model, or one in DistributedDataParallel, whose ranks then average once, in the last sub-batch; the
-            ranks may have different numbers of sub-batches.
+        encoder: a model, or one in DistributedDataParallel, whose ranks then average once, in the last sub-batch, and
+            may have different numbers of sub-batches; or a sharded one, whose ranks have equal numbers of texts and
+            average after each sub-batch.
         token_ids: int32 [T]; offsets: int32 [N + 1], of at least one text.
         loss_of: from the embeddings of the N texts to their loss; it may gather those of other ranks.
         sub_batch_tokens: rows of a sub-batch; a longer text makes one of its own.
@@ -57,6 +60,11 @@ def split_batch_backward(
         RuntimeError: the second pass gives other token weights than the first: the encoder is not deterministic.
     """
     bounds = sub_batches(offsets, sub_batch_tokens)
+    if is_sharded(encoder):
+        # Every pass gathers weights from all ranks, so all ranks make as many passes.
+        most = torch.tensor(len(bounds), device=token_ids.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        bounds = _more_parts(bounds, int(most))
     begins = offsets.tolist()
     keywords = dict(options or {})
 
@@ -108,6 +116,24 @@ def sub_batches(offsets: Tensor, tokens: int) -> list[tuple[int, int]]:
         if last == len(begins) - 1 or begins[last + 1] - begins[first] > tokens:
             bounds.append((first, last))
             first = last
+    return bounds
+
+
+def _more_parts(bounds: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """The same texts in `count` sub-batches: those of most texts are halved.
+
+    Raises:
+        ValueError: there are fewer texts than that.
+    """
+    bounds = list(bounds)
+    if bounds[-1][1] < count:
+        raise ValueError(
+            f"a rank has {bounds[-1][1]} texts, another {count} sub-batches; accepted: equal numbers of texts"
+        )
+    while len(bounds) < count:
+        place = max(range(len(bounds)), key=lambda number: bounds[number][1] - bounds[number][0])
+        first, last = bounds[place]
+        bounds[place : place + 1] = [(first, (first + last) // 2), ((first + last) // 2, last)]
     return bounds
 
 

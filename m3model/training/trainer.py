@@ -21,8 +21,8 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from m3model.embeddings import M3Embeddings
@@ -46,6 +48,7 @@ from m3model.training.data import TrainingDataset, TrainingRow
 from m3model.training.dev_set import DevSet
 from m3model.training.distributed import gather_embeddings
 from m3model.training.losses import M3Loss, m3_loss
+from m3model.training.sharding import gathered_model, gathered_state, is_sharded, load_sharded, shard, sharded_state
 from m3model.training.split_batch import split_batch_backward
 
 __all__ = ["M3Trainer", "TrainingDivergedError", "last_checkpoint"]
@@ -125,6 +128,12 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             # Without it an evaluation before training would log below the working directory.
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = os.path.join(args.output_dir, "tensorboard")
+        if self.is_fsdp_enabled:
+            raise ValueError("accelerate is set up for FSDP; accepted: fsdp in the arguments and torchrun as launcher")
+        if args.fsdp:
+            shard(model)
+            # To transformers it is a model that came sharded: nothing wraps it again.
+            self.is_distributed_loading_by_transformers = True
         self.current_gradient_accumulation_steps = 1
         self._options = {head: head in args.heads for head in HEADS}
         self._window = _Window()
@@ -247,8 +256,17 @@ class M3Trainer(Trainer):  # type: ignore[misc]
                 stacklevel=2,
             )
 
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # A gradient scaler (fp16) skips such steps itself and lowers its scale.
         if self.accelerator.scaler is None and not math.isfinite(float(norm)):
             raise self._diverged(f"the norm of the gradient is {float(norm)}")
@@ -266,6 +284,8 @@ class M3Trainer(Trainer):  # type: ignore[misc]
         """transformers' optimizer, with groups of their own for the heads where they have another learning rate."""
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if fresh and self.args.fsdp:
+            optimizer.register_load_state_dict_pre_hook(sharded_state)
         if not fresh or self.args.head_learning_rate is None:
             return optimizer
         heads = {id(p) for head in (self.model.sparse_linear, self.model.colbert_linear) for p in head.parameters()}
@@ -304,7 +324,7 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             dev = DevSet(dev, args.query_instruction, args.passage_instruction)
         begin = time.monotonic()
         values = dev.ndcg(
-            self.accelerator.unwrap_model(self.model),
+            self._whole_model(),
             args.heads,
             args.hybrid_weights,
             query_max_length=args.query_max_length,
@@ -319,8 +339,23 @@ class M3Trainer(Trainer):  # type: ignore[misc]
     # ---- Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self._whole_model()
         if self.args.should_save:
-            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
+            model.save_pretrained(output_dir or self.args.output_dir)
+
+    def _whole_model(self) -> M3Model:
+        """The trained model, or where it is sharded a copy put together; every process calls it."""
+        model: M3Model = self.accelerator.unwrap_model(self.model)
+        return gathered_model(model) if is_sharded(model) else model
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.fsdp:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = gathered_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
@@ -365,7 +400,10 @@ class M3Trainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         target = self.accelerator.unwrap_model(self.model if model is None else model)
         stored = M3Model.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(stored.state_dict())
+        if is_sharded(target):
+            load_sharded(target, stored)
+        else:
+            target.load_state_dict(stored.state_dict())
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

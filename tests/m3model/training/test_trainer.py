@@ -20,6 +20,7 @@ import pytest
 import torch
 from checkpoints import change_config
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from m3model import M3Model
@@ -33,6 +34,7 @@ from m3model.training import (
     read_training_rows,
 )
 from m3model.training import trainer as trainer_module
+from m3model.training.sharding import gathered_model
 
 pytest.importorskip("accelerate")
 
@@ -190,34 +192,87 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder: Path, data: Pat
     assert largest_difference(weights(resumed.model), weights(whole.model)) == 0, f"killed at step {step}"
 
 
-def train_on_a_rank(rank: int, port: int, model: Path, data: Path, out: Path, changes: dict[str, Any]) -> None:
+def on_ranks(ranks: int, task: Any, *arguments: Any) -> None:
+    """Run task(trainer's own process group, *arguments) in so many processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(run_a_rank, (ranks, port, task, arguments), nprocs=ranks)
+
+
+def run_a_rank(rank: int, ranks: int, port: int, task: Any, arguments: tuple[Any, ...]) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    trainer = make(model, data, out, per_device_train_batch_size=2, ddp_backend="gloo", **changes)
-    trainer.train()
-    if rank == 0:
-        torch.save({"curve": curve(trainer), "weights": weights(trainer.model)}, out / "results.pt")
+    task(*arguments)
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads can hang the release of DistributedDataParallel's group when a rank leaves first
 
 
-def test_two_processes_take_the_steps_of_one(still: Path, data: Path, tmp_path: Path) -> None:
-    changes = {"max_steps": 4, "save_steps": 4, "optim": "sgd", "learning_rate": 0.05, "sub_batch_tokens": 60}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(train_on_a_rank, (port, still, data, tmp_path / "two", changes), nprocs=2)
-    one = make(still, data, tmp_path / "one", **changes)
+def train_on_a_rank(model: Path, data: Path, out: Path, changes: dict[str, Any]) -> None:
+    trainer = make(model, data, out, ddp_backend="gloo", **changes)
+    trainer.train()
+    whole = whole_weights(trainer)
+    if trainer.args.process_index == 0:
+        torch.save(
+            {"curve": curve(trainer), "norms": curve(trainer, "grad_norm"), "weights": whole}, out / "results.pt"
+        )
+
+
+def whole_weights(trainer: M3Trainer) -> dict[str, Tensor]:
+    return weights(gathered_model(trainer.model) if trainer.args.fsdp else trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"), [(2, {}), (4, {}), (2, {"fsdp": True, "gradient_checkpointing": True})], ids=str
+)
+def test_several_processes_take_the_steps_of_one(
+    still: Path, data: Path, tmp_path: Path, ranks: int, changes: dict[str, Any]
+) -> None:
+    common = {"max_steps": 4, "save_steps": 4, "optim": "sgd", "learning_rate": 0.05, "sub_batch_tokens": 60}
+    changes = {**common, **changes}
+    several = {**changes, "per_device_train_batch_size": 4 // ranks}
+    on_ranks(ranks, train_on_a_rank, still, data, tmp_path / "several", several)
+    one = make(still, data, tmp_path / "one", **{**changes, "fsdp": False})
     start = weights(one.model)
     one.train()
-    two = torch.load(tmp_path / "two" / "results.pt")
-    assert two["curve"] == pytest.approx(curve(one), rel=1e-5)
+    found = torch.load(tmp_path / "several" / "results.pt")
+    assert found["curve"] == pytest.approx(curve(one), rel=1e-5)
+    assert found["norms"] == pytest.approx(curve(one, "grad_norm"), rel=1e-4)
     moved = largest_difference(weights(one.model), start)
-    assert largest_difference(two["weights"], weights(one.model)) < 1e-4 * moved
-    stored = sorted(path.name for path in (tmp_path / "two" / "checkpoint-4").glob("rng_state*"))
-    assert stored == ["rng_state_0.pth", "rng_state_1.pth"]
+    assert largest_difference(found["weights"], weights(one.model)) < 1e-4 * moved
+    checkpoint = tmp_path / "several" / "checkpoint-4"
+    assert largest_difference(found["weights"], weights(M3Model.from_pretrained(checkpoint))) == 0
+    stored = sorted(path.name for path in checkpoint.glob("rng_state*"))
+    assert stored == [f"rng_state_{rank}.pth" for rank in range(ranks)]
+
+
+def train_shards_twice(model: Path, data: Path, out: Path) -> None:
+    """A sharded run, and another that goes on from the middle of it; both evaluate."""
+    settings: dict[str, Any] = {"fsdp": True, "ddp_backend": "gloo", "per_device_train_batch_size": 2, "max_steps": 4}
+    settings |= {"eval_strategy": "steps", "eval_steps": 4}
+    whole = make(model, data, out, **settings)
+    held = sum(parameter.to_local().numel() for parameter in whole.model.parameters())
+    everything = sum(parameter.numel() for parameter in whole.model.parameters())
+    assert held < 0.6 * everything, f"a rank of two holds {held} of {everything} weights"
+    whole.train()
+    moments = whole.optimizer.state[whole.model.sparse_linear.weight]["exp_avg"]
+    assert isinstance(moments, DTensor)
+    again = make(model, data, out / "again", **settings)
+    again.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    assert curve(again) == curve(whole)
+    assert curve(again, "eval_ndcg@10_hybrid") == curve(whole, "eval_ndcg@10_hybrid")
+    assert largest_difference(whole_weights(again), whole_weights(whole)) == 0
+    if whole.args.process_index == 0:
+        torch.save(curve(whole), out / "curve.pt")
+
+
+def test_a_sharded_run_goes_on_sharded_and_alone(still: Path, data: Path, tmp_path: Path) -> None:
+    on_ranks(2, train_shards_twice, still, data, tmp_path / "two")
+    alone = make(still, data, tmp_path / "alone", max_steps=4)
+    alone.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-2"))
+    assert curve(alone) == pytest.approx(torch.load(tmp_path / "two" / "curve.pt"), rel=1e-3)
 
 
 class Spoil(TrainerCallback):
@@ -385,11 +440,16 @@ def test_mixed_precision_is_close_to_float32(still: Path, data: Path, tmp_path: 
         ("frozen_layers", -1),
         ("label_smoothing_factor", 0.1),
         ("length_buckets", "2000"),
+        ("deepspeed", "zero3.json"),
+        ("fsdp", "full_shard"),
+        ("fsdp_config", {"version": 1}),
     ],
 )
 def test_bad_arguments_are_named(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name.replace("_weights", "_weights are")):
-        M3TrainingArguments(**{"output_dir": str(tmp_path), "use_cpu": True, name: value})
+        M3TrainingArguments(
+            **{"output_dir": str(tmp_path), "use_cpu": True, "fsdp": name == "fsdp_config", name: value}
+        )
 
 
 def test_batches_by_length_and_negatives_that_are_missing(folder: Path, data: Path, tmp_path: Path) -> None:
