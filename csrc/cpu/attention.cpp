@@ -81,6 +81,17 @@ std::vector<int32_t> longest_first(const AttentionCall& call, int64_t sequences)
   return order;
 }
 
+// As many tiles as leave every thread enough blocks for an even share.
+int64_t query_block(const AttentionCall& call, const std::vector<int32_t>& order, int64_t heads) {
+  const int64_t tile = forward_key_block(call.width), wanted = 16 * torch::stable::get_num_threads();
+  for (int64_t tiles = kMostTilesInBlock; tiles > 1; tiles /= 2) {
+    int64_t blocks = 0;
+    for (const int32_t sequence : order) blocks += heads * (call.rows(sequence) / (tiles * tile));
+    if (blocks >= wanted) return tiles * tile;
+  }
+  return tile;
+}
+
 std::tuple<Tensor, Tensor> flash_attention_forward(
     const Tensor& q,
     const Tensor& k,
@@ -97,9 +108,10 @@ std::tuple<Tensor, Tensor> flash_attention_forward(
   const Tensor out = new_rows(q);
   const Tensor log_sum_exp = torch::stable::new_empty(q, {heads, call.total}, ScalarType::Float);
 
-  const int64_t block = forward_block(call.width);
   std::vector<RowRange> tasks;
-  for (const int32_t sequence : longest_first(call, bounds.numel() - 1)) {
+  const std::vector<int32_t> order = longest_first(call, bounds.numel() - 1);
+  const int64_t block = query_block(call, order, heads);
+  for (const int32_t sequence : order) {
     const int64_t length = call.rows(sequence);
     for (int32_t head = 0; head < heads; ++head) {
       for (int64_t first = 0; first < length; first += block) {

@@ -166,17 +166,18 @@ void write_panel(const AttentionCall& call, const ForwardTensors<T>& tensors, Ro
 
 template <class T>
 void attention_forward(const AttentionCall& call, const ForwardTensors<T>& tensors, RowRange queries, float* scratch) {
-  const int64_t width = call.padded_width(), block = forward_block(call.width);
+  const int64_t width = call.padded_width(), key_block = forward_key_block(call.width);
   const auto take = [&](int64_t count) {
     float* const begin = scratch;
     scratch += count;
     return begin;
   };
+  const int64_t rows = queries.last - queries.first, block = (rows + kPanel - 1) / kPanel * kPanel;
   float* const packed = take(block * width);
   float* const sums = take(block * width);
-  float* const keys = take((block + kTileRows) * width);
-  float* const values = take(block * width);
-  float* const weights = take((block + kTileRows) * kPanel);
+  float* const keys = take((key_block + kTileRows) * width);
+  float* const values = take(key_block * width);
+  float* const weights = take((key_block + kTileRows) * kPanel);
   float* const shift = take(block);
   float* const bound = take(block);
   float* const total = take(block);
@@ -184,7 +185,6 @@ void attention_forward(const AttentionCall& call, const ForwardTensors<T>& tenso
   int32_t* const dropout_keys = reinterpret_cast<int32_t*>(take(block));
 
   const int64_t begin = call.bounds[queries.sequence], length = call.rows(queries.sequence);
-  const int64_t rows = queries.last - queries.first, padded_rows = (rows + kPanel - 1) / kPanel * kPanel;
   pack_panels(
       tensors.q.at(begin + queries.first, queries.head),
       tensors.q.row_stride,
@@ -193,15 +193,15 @@ void attention_forward(const AttentionCall& call, const ForwardTensors<T>& tenso
       width,
       call.scale * kLog2E,
       packed);
-  std::fill_n(sums, padded_rows * width, 0.f);
-  std::fill_n(shift, padded_rows, 0.f);
-  std::fill_n(bound, padded_rows, kNothingYet);
-  std::fill_n(total, padded_rows, 0.f);
+  std::fill_n(sums, block * width, 0.f);
+  std::fill_n(shift, block, 0.f);
+  std::fill_n(bound, block, kNothingYet);
+  std::fill_n(total, block, 0.f);
   if (call.sampled) {
-    row_keys(stream_key(call.seed, queries.sequence, kSharedByHeads), queries.first, padded_rows, sampling_keys);
+    row_keys(stream_key(call.seed, queries.sequence, kSharedByHeads), queries.first, block, sampling_keys);
   }
   if (call.dropout) {
-    row_keys(stream_key(call.seed, queries.sequence, queries.head), queries.first, padded_rows, dropout_keys);
+    row_keys(stream_key(call.seed, queries.sequence, queries.head), queries.first, block, dropout_keys);
   }
   const auto panel_at = [&](int64_t at) {
     return QueryPanel{
@@ -216,8 +216,8 @@ void attention_forward(const AttentionCall& call, const ForwardTensors<T>& tenso
   };
   Attend* const attend_panel = attend_for(call);
   const Limits limits{call.keep_limit, call.dropout_limit};
-  for (int64_t first = 0; first < length; first += block) {
-    const KeyTile tile{keys, values, first, std::min<int64_t>(block, length - first)};
+  for (int64_t first = 0; first < length; first += key_block) {
+    const KeyTile tile{keys, values, first, std::min<int64_t>(key_block, length - first)};
     const HeadRows<const T>&k = tensors.k, &v = tensors.v;
     copy_rows(k.at(begin + first, queries.head), k.row_stride, tile.count, call.width, width, keys);
     std::fill_n(keys + tile.count * width, kTileRows * width, 0.f);
