@@ -2,14 +2,15 @@
 
     python -m benchmarks.report_encode prepare [layers]                 # model folders, ONNX files, lists of texts
     python -m benchmarks.report_encode run SHAPE TEXTS TOKENS [layers] [peer+peer+...]
-    python -m benchmarks.report_encode long [layers]                    # one document of 8192 tokens
+    python -m benchmarks.report_encode long [layers [peer+peer+...]]    # one document of 8192 tokens
     python -m benchmarks.report_encode plot
 
 SHAPE is bge-m3 or embedded, TEXTS queries, paragraphs, documents or mixed (benchmarks.encode_cases). Every peer is a
 process of its own (benchmarks.peers.encode) with two threads; all start first, then take turns, together with a
 measurement of the multiply-add peak, so that all see the same weather. Times are medians; "fraction of peak" divides
 the operations that the tokens need, padding not counted, by time and peak. Memory is the rise of the resident peak
-during the first encoding, on top of the loaded model. "cosine" is the smallest one with transformers' eager attention.
+during the first encoding, on top of the loaded model. "cosine" is the smallest one with transformers' eager attention
+(sdpa, where eager was not run). A peer measured in a run of its own is compared with the row of m3model that is there.
 
 Peers other than ours run in the interpreters M3_PEERS_PYTHON (transformers, sentence-transformers, onnxruntime, onnx)
 and M3_PARITY_PYTHON (FlagEmbedding).
@@ -53,12 +54,14 @@ FIELDS = [
     "tokens_per_s",
 ]
 FIELDS += ["times_ours", "fraction_of_peak", "peak_gflops", "memory_mb", "cosine"]
-ALL_OUTPUTS = ("m3model", "FlagEmbedding")
+ALL_OUTPUTS = ("m3model", "m3model bf16", "m3model int8", "FlagEmbedding")
 BASE = "transformers eager"
-PEERS = ["m3model", "m3model, dense only", "FlagEmbedding", "transformers sdpa"]
-PEERS += [BASE, "sentence-transformers", "ONNX Runtime float32", "ONNX Runtime int8"]
+PEERS = ["m3model", "m3model, dense only", "m3model bf16", "m3model int8", "m3model int8, dense only", "FlagEmbedding"]
+PEERS += ["transformers sdpa", BASE, "sentence-transformers", "ONNX Runtime float32", "ONNX Runtime int8"]
 SECONDS = float(os.environ.get("M3_BENCH_SECONDS", "150"))
-"""Time for one case, starts and first encodings included; at least one round is timed."""
+"""Time for one case, starts and first encodings included. If it leaves no round, the first encodings are the times."""
+VECTORS = encode_cases.CACHE / "encode_vectors"
+"""Dense vectors of the last run of each case and peer, for peers that are measured in a run of their own."""
 
 
 def interpreter(peer: str) -> str:
@@ -104,14 +107,20 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in names}
     first: dict[str, dict[str, float]] = {}
     peaks = []
-    begin, longest = time.monotonic(), 0.0
+    begin = time.monotonic()
+
+    def vectors(name: str) -> Path:
+        return VECTORS / f"{folder.name} {kind} {len(texts)} {sum(lengths)} {name}.npy"
+
+    VECTORS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         listed = Path(scratch) / "texts.json"
         listed.write_text(json.dumps(texts))
-        peers = {name: Peer(name, folder, listed, Path(scratch) / f"{n}.npy") for n, name in enumerate(names)}
+        peers = {name: Peer(name, folder, listed, vectors(name)) for name in names}
         for name, peer in peers.items():
             first[name] = peer.ask("first")
-        while not peaks or time.monotonic() - begin + longest < SECONDS:
+        longest = sum(answer["seconds"] for answer in first.values())
+        while time.monotonic() - begin + longest < SECONDS:
             start = time.monotonic()
             peaks.append(peak_flops(THREADS))
             for name, peer in peers.items():
@@ -119,8 +128,11 @@ def measure(
             longest = max(longest, time.monotonic() - start)
         for peer in peers.values():
             peer.end()
-        base = np.load(peers[BASE if BASE in peers else names[-1]].out)
-        cosine = {name: float((np.load(peer.out) * base).sum(1).min()) for name, peer in peers.items()}
+        if not peaks:
+            peaks = [peak_flops(THREADS)]
+            times = {name: [first[name]["seconds"]] for name in names}
+        base = next((name for name in (BASE, "transformers sdpa") if vectors(name).exists()), names[-1])
+        cosine = {name: float((np.load(vectors(name)) * np.load(vectors(base))).sum(1).min()) for name in names}
     peak = max(peaks)  # the loop of multiply-adds cannot run faster than the processor, only be disturbed
     seconds = {name: statistics.median(values) for name, values in times.items()}
     return [
@@ -136,7 +148,6 @@ def measure(
             "seconds": f"{seconds[name]:.4g}",
             "rounds": len(times[name]),
             "tokens_per_s": f"{sum(lengths) / seconds[name]:.5g}",
-            "times_ours": f"{seconds[name] / seconds[names[0]]:.3g}",
             "fraction_of_peak": f"{shape.flops(lengths) / seconds[name] / peak:.3f}",
             "peak_gflops": f"{peak / 1e9:.4g}",
             "memory_mb": f"{first[name]['bytes'] / 1e6:.4g}",
@@ -163,6 +174,10 @@ def store(rows: list[dict[str, Any]]) -> None:
     fresh = {tuple(str(row[key]) for key in keys) for row in rows}
     kept = list(csv.DictReader(table.open())) if table.exists() else []
     kept = [row for row in kept if tuple(row[key] for key in keys) not in fresh]
+    for row in rows:
+        case = (*(str(row[key]) for key in keys[:-1]), "m3model")
+        ours = [like for like in kept + rows if tuple(str(like[key]) for key in keys) == case]
+        row["times_ours"] = f"{float(row['seconds']) / float(ours[-1]['seconds']):.3g}" if ours else ""
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
@@ -213,9 +228,10 @@ def main(arguments: list[str]) -> None:
             store(measure(name, shape, folder, kind, encode_cases.texts(kind, int(tokens), folder), names))
         case ["long", *rest]:
             shape = encode_cases.shape_of("bge-m3", int(rest[0]) if rest else None)
+            names = rest[1].split("+") if len(rest) > 1 else ["m3model", "transformers sdpa"]
             folder = encode_cases.model_folder("bge-m3", shape)
             texts = [encode_cases.long_document(encode_cases.MAX_LENGTH, folder)]
-            store(measure("bge-m3", shape, folder, "long", texts, ["m3model", "transformers sdpa"]))
+            store(measure("bge-m3", shape, folder, "long", texts, names))
         case ["plot"]:
             plot()
         case _:

@@ -3,9 +3,9 @@
     python -m benchmarks.peers.encode PEER FOLDER TEXTS OUT
 
 TEXTS is a JSON file with a list of texts; FOLDER the model. Lines in: {"first": true} encodes once, writes the dense
-vectors to OUT (.npy) and answers {"bytes": rise of the resident peak, "resident": the peak}; {"run": true} answers
-{"seconds": s}. Padded peers get batches of BATCH texts sorted by length (1: nothing is padded). All use THREADS threads
-and float32 weights but for those named int8.
+vectors to OUT (.npy) and answers {"bytes": rise of the resident peak, "resident": the peak, "seconds": s}; {"run":
+true} answers {"seconds": s}. Padded peers get batches of BATCH texts sorted by length (1: nothing is padded). All use
+THREADS threads and float32 weights but for those named int8 or bf16.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,18 +31,14 @@ Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """From texts to dense vectors, in their order; other outputs are computed and dropped."""
 
 
-def ours(folder: Path) -> Encode:
-    from m3model import M3Model
+def _ours(quantize: Literal["int8", "bf16"] | None, all_outputs: bool = True) -> Callable[[Path], Encode]:
+    def load(folder: Path) -> Encode:
+        from m3model import M3Model
 
-    model = M3Model.from_pretrained(folder)
-    return lambda texts: model.encode(texts).dense
+        model = M3Model.from_pretrained(folder, quantize=quantize)
+        return lambda texts: model.encode(texts, sparse=all_outputs, multi_vector=all_outputs).dense
 
-
-def ours_dense(folder: Path) -> Encode:
-    from m3model import M3Model
-
-    model = M3Model.from_pretrained(folder)
-    return lambda texts: model.encode(texts, sparse=False, multi_vector=False).dense
+    return load
 
 
 def flag_embedding(folder: Path) -> Encode:
@@ -171,8 +167,11 @@ def export(folder: Path, attention: str = "eager") -> dict[str, Any]:
 
 
 PEERS: dict[str, Callable[[Path], Encode]] = {
-    "m3model": ours,
-    "m3model, dense only": ours_dense,
+    "m3model": _ours(None),
+    "m3model, dense only": _ours(None, all_outputs=False),
+    "m3model bf16": _ours("bf16"),
+    "m3model int8": _ours("int8"),
+    "m3model int8, dense only": _ours("int8", all_outputs=False),
     "FlagEmbedding": flag_embedding,
     "transformers sdpa": _transformers("sdpa"),
     "transformers eager": _transformers("eager"),
@@ -193,8 +192,9 @@ def main(peer: str, folder: str, texts_file: str, out: str) -> None:
     encode(["warm-up"])
     for line in sys.stdin:
         if "first" in json.loads(line):
+            begin = time.perf_counter()
             risen = peak_memory(lambda: np.save(out, encode(texts)))
-            answer = {"bytes": risen, "resident": _status("VmHWM")}
+            answer = {"bytes": risen, "resident": _status("VmHWM"), "seconds": time.perf_counter() - begin}
         else:
             begin = time.perf_counter()
             encode(texts)
