@@ -33,6 +33,7 @@ __all__ = [
     "EncodingOptions",
     "encode_texts",
     "encode_windows",
+    "evaluating",
     "pack_ids",
     "plan_batches",
     "windows",
@@ -178,7 +179,7 @@ def _encoded(
             window = next(source, None)
             following = None if window is None else ahead.submit(tokenizer.encode, window, limit, prefix)
             block = _Block(model, tokenized.ids, options.wanted, options.multi_vector_dtype)
-            with _evaluating(model):
+            with evaluating(model):
                 for batch in plan_batches([len(ids) for ids in tokenized.ids], batch_tokens):
                     advance(len(batch), block.compute(batch))
                 encoded = block.finish()
@@ -270,7 +271,7 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: M3Model) -> Iterator[None]:
+def evaluating(model: M3Model) -> Iterator[None]:
     """Evaluation mode (no dropout) for the time of the block."""
     if not model.training:
         yield

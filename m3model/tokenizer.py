@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 __all__ = [
     "TOKENIZER_FILES",
     "Ids",
+    "Pieces",
     "Role",
     "TextTokenizer",
     "Tokenized",
@@ -52,6 +53,14 @@ class Tokenized(NamedTuple):
     ids: list[Ids]
     cut: int
     longest: int
+
+
+class Pieces(NamedTuple):
+    """Tokens of one text: ids int32 [n], and the characters at which they begin and end, int64 [n]."""
+
+    ids: Ids
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
 
 
 class TextTokenizer:
@@ -137,8 +146,26 @@ class TextTokenizer:
                 ids = encoding.ids
                 cut += len(ids) > room
                 longest = max(longest, len(ids) + self.overhead)
-                rows.append(np.array([*self._prefix, *ids[:room], *self._suffix], dtype=np.int32))
+                rows.append(self.enclosed(ids[:room]))
         return Tokenized(rows, cut, longest)
+
+    def pieces(self, text: str) -> Pieces:
+        """The tokens of a text without special ones, and where in the text each begins and ends.
+
+        Lone surrogates count as U+FFFD, as in `encode`.
+        """
+        encoding = self.backend.encode(_encodable(text), add_special_tokens=False)
+        bounds = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return Pieces(np.array(encoding.ids, dtype=np.int32), bounds[:, 0], bounds[:, 1])
+
+    @property
+    def leading(self) -> int:
+        """How many special tokens stand before a text."""
+        return len(self._prefix)
+
+    def enclosed(self, ids: Sequence[int] | Ids) -> Ids:
+        """`ids` with the special tokens of a text around them, the first of which is its cls token."""
+        return np.array([*self._prefix, *ids, *self._suffix], dtype=np.int32)
 
     def check_max_length(self, max_length: int) -> None:
         """Raise ValueError unless max_length is a whole number with room for a token beside the special ones."""

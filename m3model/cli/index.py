@@ -48,6 +48,14 @@ def index(
     ] = True,
     row_dtype: Annotated[FloatType, typer.Option(help="Type in which those vectors are kept.")] = FloatType.float16,
     max_length: MaxLength = 8192,
+    window: Annotated[
+        int | None,
+        typer.Option(min=8, help="Cut documents into windows of so many tokens; `m3 search` answers with documents."),
+    ] = None,
+    overlap: Annotated[int, typer.Option(min=0, help="Tokens that a window shares with the one before.")] = 64,
+    late: Annotated[
+        bool, typer.Option("--late", help="Encode windows in the context of their document (late chunking).")
+    ] = False,
     batch_tokens: BatchTokens = None,
     block: Annotated[int, typer.Option(min=1, help="Documents encoded and saved at a time.")] = 256,
     device: Device = "cpu",
@@ -60,6 +68,8 @@ def index(
     from m3model.cli.output import document_bar, print_json, print_table
 
     if encoded is not None:
+        if window is not None or late:
+            raise typer.BadParameter("encoded texts cannot be cut any more", param_hint="--window, --late")
         if files:
             raise typer.BadParameter(
                 "texts come from files or from an encoded folder, not both", param_hint="--encoded"
@@ -74,7 +84,12 @@ def index(
             "max_length": max_length,
             "batch_tokens": batch_tokens,
         }
-        collection, stream = _from_files(model, files, lines, out, block, device, dtype, quantize, chosen)
+        if late and window is None:
+            raise typer.BadParameter("late chunking needs --window", param_hint="--late")
+        if window is not None and window > max_length:
+            raise typer.BadParameter(f"a window of {window} tokens is longer than --max-length", param_hint="--window")
+        cutting = None if window is None else {"length": window, "overlap": overlap, "late": late}
+        collection, stream = _from_files(model, files, lines, out, block, device, dtype, quantize, chosen, cutting)
     begin, before, read = time.monotonic(), len(collection), 0
     with document_bar("index") as advance:
         for stored in stream:
@@ -107,23 +122,42 @@ def _from_files(
     dtype: FloatType,
     quantize: Quantization | None,
     chosen: dict[str, Any],
+    cutting: dict[str, Any] | None,
 ) -> tuple[ExactIndex, Iterator[list[str]]]:
     """The index, and the ids of each block as it is encoded and stored."""
     from m3model.cli.inputs import read_documents
     from m3model.retrieval import fingerprint
+    from m3model.retrieval.chunking import WindowedStream
     from m3model.retrieval.streaming import ingest_stream
 
     documents = read_documents(files, lines=lines)
     loaded = load_model(model, device, dtype, quantize)
     name = os.path.abspath(model) if os.path.isdir(model) else model
     metadata = {"model": name, "max_length": chosen["max_length"], "quantization": loaded.config.quantization}
+    metadata |= {} if cutting is None else {"windows": cutting}
     collection = _opened(out, fingerprint(loaded), metadata)
+    if len(collection) and collection.metadata.get("windows") != cutting:
+        raise typer.BadParameter(
+            f"the index was made with {_described(collection.metadata.get('windows'))}, not {_described(cutting)}",
+            param_hint="--window, --overlap, --late",
+        )
+    texts = ((document.id, {"text": document.text, **document.fields}) for document in documents)
+    if cutting is not None:
+        windowed = WindowedStream(loaded, collection, **cutting, block=block, **chosen)
+        cut = windowed.windows(texts)
+        return collection, ingest_stream(collection, cut, windowed.encode, folder=str(out), block=block)
 
     def embed(contents: Sequence[Mapping[str, Any]]) -> EncodedTexts:
         return loaded.encode([content["text"] for content in contents], **chosen)
 
-    stream = ((document.id, {"text": document.text, **document.fields}) for document in documents)
-    return collection, ingest_stream(collection, stream, embed, folder=str(out), block=block)
+    return collection, ingest_stream(collection, texts, embed, folder=str(out), block=block)
+
+
+def _described(cutting: Mapping[str, Any] | None) -> str:
+    if cutting is None:
+        return "whole documents"
+    late = " --late" if cutting["late"] else ""
+    return f"--window {cutting['length']} --overlap {cutting['overlap']}{late}"
 
 
 def _from_shards(encoded: Path, out: Path, row_dtype: FloatType | None) -> tuple[ExactIndex, Iterator[list[str]]]:

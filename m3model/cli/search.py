@@ -56,6 +56,7 @@ def search(
     from m3model.cli.inputs import read_queries
     from m3model.cli.output import message, print_json
     from m3model.retrieval import ExactIndex, fingerprint
+    from m3model.retrieval.chunking import search_parents
 
     mix = parse_weights(weights)
     asked = [*(queries or []), *(read_queries(queries_from) if queries_from is not None else [])]
@@ -75,13 +76,18 @@ def search(
             " --rerank takes fewer, --head dense+sparse none."
         )
         encode = partial(_candidates, loaded, collection.metadata.get("max_length", 8192))
-    found = collection.search(embedded, k, head=head, weights=mix, candidates=candidates, rerank=rerank, encode=encode)
+    options: dict[str, Any] = {"head": head, "weights": mix, "candidates": candidates, "rerank": rerank}
+    found: Sequence[Ranking]
+    if "windows" in collection.metadata:
+        found = search_parents(collection, embedded, k, **options, encode=encode)
+    else:
+        found = collection.search(embedded, k, **options, encode=encode)
     for query, ranking in zip(asked, found):
+        contents = _contents(collection, ranking)
         if as_json:
-            hits = [{**hit._asdict(), **collection.document(hit.id)} for hit in ranking]
-            print_json({"query": query, "hits": hits})
+            print_json({"query": query, "hits": [{**hit._asdict(), **own} for hit, own in zip(ranking, contents)]})
         else:
-            _print(collection, query, ranking)
+            _print(query, ranking, contents)
 
 
 def _candidates(model: M3Model, max_length: int, contents: Sequence[Mapping[str, Any]]) -> EncodedTexts:
@@ -89,13 +95,27 @@ def _candidates(model: M3Model, max_length: int, contents: Sequence[Mapping[str,
     return model.encode(texts, dense=False, sparse=False, max_length=max_length)
 
 
-def _print(collection: ExactIndex, query: str, ranking: Ranking) -> None:
+def _contents(collection: ExactIndex, ranking: Ranking) -> list[dict[str, Any]]:
+    """What is stored with each document; of one that was cut, its whole text and the best "window" of it."""
+    from m3model.retrieval.chunking import ParentRanking, parent_document
+
+    if not isinstance(ranking, ParentRanking):
+        return [collection.document(name) for name in ranking.ids]
+    contents = []
+    for name, window in zip(ranking.ids, ranking.windows):
+        found = collection.document(window)
+        place = {"begin": found["window"]["begin"], "end": found["window"]["end"], "text": found["text"]}
+        contents.append({**parent_document(collection, name), "window": place})
+    return contents
+
+
+def _print(query: str, ranking: Ranking, contents: Sequence[Mapping[str, Any]]) -> None:
     from m3model.cli.output import print_table, shortened
 
     rows = []
-    for rank, hit in enumerate(ranking, 1):
+    for rank, (hit, content) in enumerate(zip(ranking, contents), 1):
         scores = ["" if value is None else f"{value:.3f}" for value in hit[1:]]
-        text = str(collection.document(hit.id).get("text", ""))
+        text = str(content.get("window", content).get("text", ""))
         rows.append([str(rank), *scores, shortened(hit.id, 50), shortened(text, 100)])
     columns = ["#", "score", "dense", "sparse", "multi", "id", "text"]
     print_table(columns, rows, title=shortened(query, 150), right="# score dense sparse multi")

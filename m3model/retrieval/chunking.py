@@ -1,7 +1,10 @@
 """Documents longer than the model: overlapping windows in the index, the parent document in the answer (MaxP).
 
-    chunks         text -> windows of at most `length` tokens that share `overlap` tokens with the one before
-    search_parents the windows' ranking, a document standing at the place of its best window (Dai & Callan 2019, MaxP)
+    chunks           text -> windows of at most `length` tokens that share `overlap` tokens with the one before
+    search_parents   the windows' ranking, a document standing at the place of its best window (Dai & Callan 2019, MaxP)
+    parent_document  the document that was cut, out of its windows in an index
+    WindowedStream   between a stream of documents and ingest_stream: cuts them, and encodes each window by itself or in
+                     its context (m3model.retrieval.late_chunking)
 
 Windows are cut between words where there are any, so that a word keeps its tokens, and never hold more than `length`
 tokens when they are tokenized by themselves. A window's id is its document's id, "#" and its number.
@@ -9,15 +12,24 @@ tokens when they are tokenized by themselves. A window's id is its document's id
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from m3model.embeddings import EncodedTexts
 from m3model.retrieval.interface import Ranking, SearchIndex
+from m3model.retrieval.late_chunking import encode_late
 from m3model.tokenizer import TextTokenizer
 
-__all__ = ["Chunk", "chunks", "parent_of", "search_parents"]
+if TYPE_CHECKING:
+    from m3model.model import M3Model
+    from m3model.retrieval.exact import ExactIndex
+    from m3model.retrieval.milvus import MilvusIndex
+
+__all__ = ["Chunk", "ParentRanking", "WindowedStream", "chunks", "parent_document", "parent_of", "search_parents"]
 
 _FIRST_FACTOR = 4
 
@@ -29,6 +41,17 @@ class Chunk(NamedTuple):
     text: str
     begin: int
     end: int
+
+
+@dataclass(frozen=True)
+class ParentRanking(Ranking):
+    """Documents, each with the scores of its best window.
+
+    Attributes:
+        windows: [k] ids of those windows.
+    """
+
+    windows: list[str]
 
 
 def chunks(
@@ -92,7 +115,7 @@ def parent_of(chunk: str) -> str:
     return parent
 
 
-def search_parents(index: SearchIndex, queries: EncodedTexts, k: int = 10, **options: Any) -> list[Ranking]:
+def search_parents(index: SearchIndex, queries: EncodedTexts, k: int = 10, **options: Any) -> list[ParentRanking]:
     """The best k documents for every query, in an index of windows.
 
     Args:
@@ -101,12 +124,12 @@ def search_parents(index: SearchIndex, queries: EncodedTexts, k: int = 10, **opt
         k: documents; more windows are asked for until that many documents are among them.
 
     Returns:
-        Rankings of document ids, with the scores of each document's best window.
+        Rankings of document ids, with the scores and the id of each document's best window.
 
     Raises:
         ValueError: as the index's `search`, or an id that is not one of a window.
     """
-    results: list[Ranking | None] = [None] * len(queries)
+    results: list[ParentRanking | None] = [None] * len(queries)
     depth = _FIRST_FACTOR * k
     open_queries = list(range(len(queries)))
     while open_queries:
@@ -121,11 +144,86 @@ def search_parents(index: SearchIndex, queries: EncodedTexts, k: int = 10, **opt
                 continue
             places = np.array(list(best.values())[:k], dtype=np.int64)
             columns = (ranking.dense, ranking.sparse, ranking.multi_vector)
-            results[query] = Ranking(
-                list(best)[:k], ranking.score[places], *(None if part is None else part[places] for part in columns)
-            )
+            dense, sparse, multi_vector = (None if part is None else part[places] for part in columns)
+            windows = [ranking.ids[place] for place in places.tolist()]
+            results[query] = ParentRanking(list(best)[:k], ranking.score[places], dense, sparse, multi_vector, windows)
         open_queries, depth = following, 2 * depth
     return [ranking for ranking in results if ranking is not None]
+
+
+def parent_document(index: SearchIndex, parent: str) -> dict[str, Any]:
+    """The document whose windows a WindowedStream put into the index: its text and other fields.
+
+    Raises:
+        KeyError: the index has no window of it.
+    """
+    content = index.document(f"{parent}#0")
+    text, number = str(content["text"]), 1
+    while (name := f"{parent}#{number}") in index:
+        window = index.document(name)
+        text += window["text"][len(text) - window["window"]["begin"] :]
+        number += 1
+    return {**{field: value for field, value in content.items() if field != "window"}, "text": text}
+
+
+class WindowedStream:
+    """Windows of documents for `ingest_stream`, which takes `windows(documents)` and `encode`.
+
+    A window's JSON object is that of its document with the window's text, and "window": where it lies and in which
+    document; with `late` also the hash of the whole text, so that a window is encoded again when its context changes. A
+    document that comes again with fewer windows loses the others.
+    """
+
+    def __init__(
+        self,
+        model: M3Model,
+        index: ExactIndex | MilvusIndex,
+        *,
+        length: int,
+        overlap: int,
+        late: bool = False,
+        block: int = 1024,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            length, overlap: as in `chunks`.
+            late: encode a window in the context of its document (`encode_late`) instead of by itself.
+            block: as in ingest_stream.
+            options: of `model.encode`.
+        """
+        self.model, self.index = model, index
+        self.length, self.overlap, self.late, self.options = length, overlap, late, options
+        self._block = block
+        self._recent: dict[str, str] = {}
+
+    def windows(self, documents: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        tokenizer, _, prefix = self.model.tokenization(self.length, "passage")
+        for name, content in documents:
+            if "window" in content:
+                raise ValueError(f"the document {name!r} has a field 'window', which its windows need for themselves")
+            found = chunks(name, content["text"], tokenizer, length=self.length, overlap=self.overlap, prefix=prefix)
+            if self.late:
+                self._recent[name] = content["text"]
+                if len(self._recent) > self._block + 1:
+                    del self._recent[next(iter(self._recent))]
+            number = len(found)
+            while (surplus := f"{name}#{number}") in self.index:
+                self.index.delete([surplus])
+                number += 1
+            context = {"context": hashlib.sha256(content["text"].encode("utf-8", "surrogatepass")).hexdigest()}
+            for chunk in found:
+                window = {"document": name, "begin": chunk.begin, "end": chunk.end, **(context if self.late else {})}
+                yield chunk.id, {**content, "text": chunk.text, "window": window}
+
+    def encode(self, contents: Sequence[Mapping[str, Any]]) -> EncodedTexts:
+        if not self.late:
+            return self.model.encode([content["text"] for content in contents], **self.options)
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for content in contents:
+            window = content["window"]
+            spans.setdefault(window["document"], []).append((window["begin"], window["end"]))
+        return encode_late(self.model, [self._recent[name] for name in spans], list(spans.values()), **self.options)
 
 
 class _Units:
@@ -156,7 +254,8 @@ class _Units:
 
 def _token_begins(tokenizer: TextTokenizer, text: str) -> list[int]:
     """The character at which every token begins."""
-    return [begin for begin, _ in tokenizer.backend.encode(text, add_special_tokens=False).offsets]
+    begins: list[int] = tokenizer.pieces(text).begins.tolist()
+    return begins
 
 
 def _last_unit(tokenizer: TextTokenizer, units: _Units, first: int, room: int) -> int:

@@ -226,6 +226,27 @@ def test_a_changed_document_is_replaced_and_an_index_without_multi_vectors_reran
     assert "the sea" in texts and "the river and the city" not in texts
 
 
+@pytest.mark.parametrize("late", [[], ["--late"]])
+def test_long_documents_are_cut_into_windows_and_found_as_documents(folder: Path, tmp_path: Path, late: list) -> None:
+    long = " ".join(["the river and the city", "a bridge north", "compute the eigenvalue of a matrix"] * 3)
+    rows = [{"id": "long", "text": long, "lang": "en"}, {"id": "short", "text": "close the file"}]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["index", "-m", folder, "-o", tmp_path / "index", tmp_path / "long.jsonl", "--json"]
+    cut = ["--window", "12", "--overlap", "3", *late]
+    (report,) = json_lines(m3(*command, *cut))
+    assert report["documents"] > 4
+    assert json_lines(m3(*command, *cut))[0]["added"] == 0
+    (found,) = json_lines(m3("search", tmp_path / "index", "eigenvalue", "--json"))
+    assert sorted(hit["id"] for hit in found["hits"]) == ["long", "short"]
+    hit = next(hit for hit in found["hits"] if hit["id"] == "long")
+    assert hit["text"] == long and hit["lang"] == "en"
+    assert long[hit["window"]["begin"] : hit["window"]["end"]] == hit["window"]["text"]
+    assert "close the file" in m3("search", tmp_path / "index", "file").stdout
+    for wrong, said in (([], "the index was made with --window 12"), (["--late"], "late chunking needs --window")):
+        result = m3(*command, *wrong)
+        assert result.exit_code == 2 and said in " ".join(result.stderr.replace("│", " ").split())
+
+
 def test_an_empty_collection_makes_an_empty_index(folder: Path, tmp_path: Path) -> None:
     assert m3("index", "-m", folder, "-o", tmp_path / "index", stdin="\n").exit_code == 0
     assert json_lines(m3("search", tmp_path / "index", "river", "--json")) == [{"query": "river", "hits": []}]
