@@ -65,7 +65,7 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
     )
     length_buckets: dict[str, int] | str | None = field(
         default=None,
-        metadata=_help('Largest batch for rows of up to so many characters, as JSON: {"2000": 32, "8000": 8}.'),
+        metadata=_help('Largest batch for rows of up to so many tokens, as JSON: {"500": 48, "2000": 20}.'),
     )
     sub_batch_tokens: int | None = field(
         default=None,
@@ -125,7 +125,7 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
             self.metric_for_best_model = f"ndcg@10_{'hybrid' if len(self.heads) > 1 else ''.join(self.heads)}"
         super().__post_init__()
         if isinstance(self.length_buckets, str):
-            raise ValueError(f'length_buckets is {self.length_buckets!r}; accepted: JSON such as {{"2000": 32}}')
+            raise ValueError(f'length_buckets is {self.length_buckets!r}; accepted: JSON such as {{"500": 48}}')
         unknown = [head for head in self.heads if head not in HEADS]
         if unknown or not self.heads or len(set(self.heads)) < len(self.heads):
             raise ValueError(f"heads are {self.heads}; accepted: some of {', '.join(HEADS)}, at least one")

@@ -142,7 +142,7 @@ class TrainingDataset(torch.utils.data.Dataset[TrainingRow]):
 
     Attributes:
         sources: as given.
-        character_lengths: int32 [N], characters of the longest text of each row, a cheap measure of its tokens.
+        character_lengths: int32 [N], characters of the longest text of each row.
         negative_counts: int32 [N], negatives of each row.
         tasks: int32 [N]; rows of equal numbers may share a batch: one source, one type, groups of one size, and all of
             them with a teacher's scores or none.

@@ -26,8 +26,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -43,7 +45,7 @@ from m3model.files import flush
 from m3model.model import M3Model, Role
 from m3model.scoring import HEADS
 from m3model.training.arguments import M3TrainingArguments
-from m3model.training.batching import LengthGroupedBatchSampler, TrainingBatch, TrainingCollator
+from m3model.training.batching import LengthGroupedBatchSampler, TrainingBatch, TrainingCollator, token_lengths
 from m3model.training.data import TrainingDataset, TrainingRow
 from m3model.training.dev_set import DevSet
 from m3model.training.distributed import gather_embeddings
@@ -136,6 +138,7 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             self.is_distributed_loading_by_transformers = True
         self.current_gradient_accumulation_steps = 1
         self._options = {head: head in args.heads for head in HEADS}
+        self._lengths: NDArray[np.int32] | None = None
         self._window = _Window()
         self._steps_without_token_weights = 0
         self._saving = False
@@ -147,11 +150,15 @@ class M3Trainer(Trainer):  # type: ignore[misc]
         if self.train_dataset is None:
             raise ValueError("train_dataset is None; training needs one")
         args = self.args
+        if self._lengths is None:
+            tokenize = self._collator.tokenizer_function
+            self._lengths = token_lengths(self.train_dataset, tokenize, args.passage_max_length)
         batches = _Batches(
             self._collator,
             self.train_dataset,
             self._train_batch_size,
             length_buckets=args.buckets(),
+            lengths=self._lengths,
             world_size=args.world_size,
             rank=args.process_index,
             seed=self._collator.seed,

@@ -25,7 +25,7 @@ from m3model.training import (
     TrainingDataset,
     TrainingRow,
 )
-from m3model.training.batching import _separate
+from m3model.training.batching import _separate, token_lengths
 
 
 def dataset_of(folder: Path, *lengths: list[int], types: list[str] | None = None, **source: Any) -> TrainingDataset:
@@ -105,6 +105,34 @@ def test_rows_of_a_batch_are_of_similar_length(tmp_path: Path) -> None:
     # A pool of 32 batches holds 256 of lengths spread evenly over 2000: 8 neighbours span about 8/256 of that.
     assert np.mean(spreads) < 2.5 * 2000 * 8 / 256
     assert len(spreads) == 375
+
+
+def test_rows_of_two_languages_are_batched_by_tokens(tmp_path: Path) -> None:
+    """Chinese of a character a token beside English of four: characters would put them together."""
+
+    def tokenize(texts: list[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        counts = [min(2 + sum(4 if char >= "\u4e00" else 1 for char in text) // 4, max_length) for text in texts]
+        offsets = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)
+        return torch.zeros(int(offsets[-1]), dtype=torch.int32), offsets
+
+    random = np.random.default_rng(1)
+    characters = random.integers(1, 3000, 2000).tolist()
+    texts = ["水" * count if count % 2 else "w" * count for count in characters]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"query": "q", "pos": [text], "neg": [text[:9]]}) + "\n" for text in texts))
+    dataset = TrainingDataset([DataSource(path)])
+    exact = tokenize(texts, 2000)[1].diff().numpy()
+    found = token_lengths(dataset, tokenize, 2000)
+    short = np.array(characters) <= 256
+    assert (found[short] == exact[short]).all() and found.max() == exact.max() == 2000
+    # The two special tokens of the 256 characters are counted again for each further 256.
+    assert (found >= exact).all() and (found - exact <= 2 * 3000 / 256).all()
+
+    def filled(lengths: Any) -> float:
+        batches = list(LengthGroupedBatchSampler(dataset, 8, lengths=lengths))
+        return sum(exact[batch].sum() for batch in batches) / sum(8 * exact[batch].max() for batch in batches)
+
+    assert filled(found) > 0.9 > 0.7 > filled(None), f"{filled(found)} by tokens, {filled(None)} by characters"
 
 
 @settings(max_examples=60, deadline=None)

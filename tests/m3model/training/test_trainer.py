@@ -453,9 +453,10 @@ def test_bad_arguments_are_named(tmp_path: Path, name: str, value: Any) -> None:
 
 
 def test_batches_by_length_and_negatives_that_are_missing(folder: Path, data: Path, tmp_path: Path) -> None:
-    trainer = make(folder, data, tmp_path, length_buckets='{"20": 4, "60": 2}')
+    trainer = make(folder, data, tmp_path, length_buckets='{"9": 4, "60": 2}')
     sizes = {len(batch["query_offsets"]) - 1 for batch in trainer.get_train_dataloader()}
-    assert sizes <= {1, 2, 4} and 2 in sizes
+    assert trainer._lengths is not None
+    assert sizes <= {1, 2, 4} and 2 in sizes, f"{sizes} of rows of {sorted(set(trainer._lengths.tolist()))} tokens"
     alone = tmp_path / "alone.jsonl"
     alone.write_text('{"query": "a", "pos": ["b"]}\n{"query": "c", "pos": ["d"]}\n')
     with pytest.raises(ValueError, match=r"alone\.jsonl:1: the row has no negatives"):
