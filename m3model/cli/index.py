@@ -100,7 +100,7 @@ def index(
     added = len(collection) - before
     facts = {
         "index": str(out),
-        "documents": len(collection),
+        "windows" if "windows" in collection.metadata else "documents": len(collection),
         "added": added,
         "known": read - added,
         "seconds": round(time.monotonic() - begin, 3),

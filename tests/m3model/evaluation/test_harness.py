@@ -90,6 +90,25 @@ def test_dense_baseline_ranks_by_cosine() -> None:
         DenseBaseline("bad", hashed, lambda texts: np.zeros((1, 4), np.float32)).search(small_task())
 
 
+def test_a_model_of_sentence_transformers_ranks_as_by_its_own_cosines(folder: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("sentence_transformers") is None:
+        pytest.skip("sentence-transformers is not installed; pip install m3kernels[mteb]")
+    from sentence_transformers import SentenceTransformer, models
+
+    encoder = models.Transformer(str(folder))
+    SentenceTransformer(modules=[encoder, models.Pooling(64, "mean")]).save(str(tmp_path / "small"))
+    baseline = DenseBaseline.from_sentence_transformers(str(tmp_path / "small"))
+    task = small_task()
+    loaded = SentenceTransformer(str(tmp_path / "small"))
+    names = [passage.id for passage in task.collection]
+    passages = loaded.encode([passage.contents for passage in task.collection], normalize_embeddings=True)
+    runs = baseline.search(task)
+    assert list(runs) == ["small"]
+    for query, text in task.judged.items():
+        cosines = passages @ loaded.encode([text], normalize_embeddings=True)[0]
+        assert runs["small"][query] == pytest.approx(dict(zip(names, cosines.tolist())), abs=1e-5)
+
+
 def test_sentence_transformers_is_named_when_absent() -> None:
     if importlib.util.find_spec("sentence_transformers") is not None:
         pytest.skip("sentence-transformers is installed")
