@@ -107,6 +107,21 @@ def test_a_bad_row_stops_before_the_model_is_loaded(config: Path, tmp_path: Path
     assert wrong.exit_code == 1 and "accepted: a path, or path, name, weight" in wrong.stderr
 
 
+@pytest.mark.parametrize(("content", "said"), [("{}", "rows.jsonl:1: no 'query'"), ("", "the file has no rows")])
+def test_rows_spoilt_between_two_runs_leave_the_checkpoint(
+    config: Path, tmp_path: Path, content: str, said: str
+) -> None:
+    assert m3(config, "--max_steps", 2).exit_code == 0
+    rows = tmp_path / "rows.jsonl"
+    good = rows.read_text()
+    rows.write_text(content)
+    refused = m3(config, "--resume")
+    assert refused.exit_code == 1 and said in refused.stderr
+    rows.write_text(good)
+    resumed = m3(config, "--resume")
+    assert resumed.exit_code == 0 and "checkpoint-2 on" in resumed.stderr, resumed.output
+
+
 def test_help_lists_the_arguments_of_transformers_and_of_m3() -> None:
     result = m3("--help")
     assert result.exit_code == 0

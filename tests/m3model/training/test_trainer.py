@@ -28,6 +28,7 @@ from m3model.training import (
     DataSource,
     M3Trainer,
     M3TrainingArguments,
+    TrainingDataError,
     TrainingDataset,
     TrainingDivergedError,
     last_checkpoint,
@@ -301,6 +302,33 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(folder: Path, data:
     with pytest.raises(TrainingDivergedError, match="norm of the gradient"):
         trainer.train()
     assert all(bool(tensor.isfinite().all()) for tensor in trainer.model.state_dict().values())
+
+
+class CutShort(TrainerCallback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
+        if state.global_step == 2:  # a batch is read ahead
+            os.truncate(self.path, 0)
+
+
+def test_a_file_emptied_during_training_leaves_the_last_checkpoint(folder: Path, data: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(data, rows)
+    trainer = make(folder, rows, tmp_path / "run", [CutShort(rows)])
+    with pytest.raises(TrainingDataError, match=r"rows\.jsonl was cut short"):
+        trainer.train()
+    with pytest.raises(TrainingDataError, match=r"rows\.jsonl: the file has no rows"):
+        make(folder, rows, tmp_path / "run")
+    shutil.copy(data, rows)
+    found = last_checkpoint(tmp_path / "run")
+    assert found is not None and found.endswith("checkpoint-2")
+    resumed = make(folder, rows, tmp_path / "run")
+    resumed.train(resume_from_checkpoint=found)
+    whole = make(folder, rows, tmp_path / "whole")
+    whole.train()
+    assert largest_difference(weights(resumed.model), weights(whole.model)) == 0
 
 
 @pytest.fixture
