@@ -31,8 +31,8 @@ from benchmarks.peers.attention import OURS, PEERS, call_of, peers_of
 RESULTS = Path(__file__).resolve().parent / "results"
 TABLE = RESULTS / "attention.csv"
 FIELDS = ["case", "peer", "threads", "milliseconds", "times_ours", "gflops", "fraction_of_peak", "memory_mb", "note"]
-ROUNDS = 5
-SECONDS = 4.0
+ROUNDS = 7
+SECONDS = 12.0
 PEAK = "(peak)"
 BARS = ("1 x 8192", LOG_UNIFORM, REAL)
 """Batches that stand beside the curves of the plot."""
