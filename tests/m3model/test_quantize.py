@@ -68,7 +68,7 @@ def test_dense_vectors_of_the_embedded_backbone_keep_a_cosine_of_0_999(
 
 
 def test_int8_keeps_ndcg_across_languages(embedded_folder: Path) -> None:
-    """Chinese questions, Arabic paragraphs: a sample of what benchmarks/results/quantized_ndcg.json has whole."""
+    """Chinese questions, Arabic paragraphs of XQuAD: dense vectors, one question for each of 25 paragraphs."""
     data = next((up / "shared/data" for up in Path(__file__).parents if (up / "shared/data").is_dir()), None)
     if data is None:
         pytest.skip("no ../shared/data beside the repository")
