@@ -12,8 +12,6 @@ peak during one call, its results included, in MB, each in a process of its own.
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import statistics
 import subprocess
@@ -23,8 +21,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import tables
 from benchmarks.attention_cases import CASES, LOG_UNIFORM, REAL, Case
-from benchmarks.machine import describe, interleaved, peak_memory
+from benchmarks.machine import interleaved, peak_memory
 from benchmarks.peak import peak_flops
 from benchmarks.peers.attention import OURS, PEERS, call_of, peers_of
 
@@ -103,7 +102,7 @@ def plot() -> None:
     from matplotlib import pyplot
 
     names = {case.name: case for case in CASES}
-    measured = [(names[str(row["case"])], row) for row in _read() if row["gflops"]]
+    measured = [(names[str(row["case"])], row) for row in tables.read(TABLE) if row["gflops"]]
     colours = dict(zip([PEAK, *PEERS], ("black", "tab:orange", "tab:blue", "tab:green", "tab:purple", "tab:red")))
     figure, panels = pyplot.subplots(2, 3, figsize=(14, 8), width_ratios=(3, 3, 4))
     for line, training in enumerate((False, True)):
@@ -143,21 +142,10 @@ def plot() -> None:
     figure.savefig(RESULTS / "attention.png", dpi=120)
 
 
-def _read() -> list[Row]:
-    if not TABLE.exists():
-        return []
-    with TABLE.open() as file:
-        return list(csv.DictReader(file))
-
-
 def _write(rows: list[Row]) -> None:
     order = {case.name: number for number, case in enumerate(CASES)}
     rows.sort(key=lambda row: order[str(row["case"])])
-    RESULTS.mkdir(exist_ok=True)
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(TABLE, FIELDS, rows)
 
 
 def main(arguments: list[str]) -> None:
@@ -177,15 +165,15 @@ def main(arguments: list[str]) -> None:
             print(f"skipped, no ../shared/data and no M3_DATA: {case.name}")
             continue
         if memory:
-            _write(with_memory(case, _read()))
+            _write(with_memory(case, tables.read(TABLE)))
             continue
-        before = {row["peer"]: row["memory_mb"] for row in _read() if row["case"] == case.name}
+        before = {row["peer"]: row["memory_mb"] for row in tables.read(TABLE) if row["case"] == case.name}
         rows = [{**row, "memory_mb": before.get(row["peer"], "")} for row in measure(case)]
-        _write([row for row in _read() if row["case"] != case.name] + rows)
+        _write([row for row in tables.read(TABLE) if row["case"] != case.name] + rows)
         for row in rows:
             print("  ".join(f"{key}={row[key]}" for key in FIELDS if row.get(key, "") != ""), flush=True)
-        machine = describe() | {"real_time_priority": os.sched_getscheduler(0) == os.SCHED_FIFO}
-        (RESULTS / "attention_machine.json").write_text(json.dumps(machine, indent=2) + "\n")
+        real_time = os.sched_getscheduler(0) == os.SCHED_FIFO
+        tables.write_machine(RESULTS / "attention_machine.json", real_time_priority=real_time)
 
 
 if __name__ == "__main__":

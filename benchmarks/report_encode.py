@@ -18,7 +18,6 @@ and M3_PARITY_PYTHON (FlagEmbedding).
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import statistics
@@ -32,9 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import encode_cases
+from benchmarks import encode_cases, tables
 from benchmarks.encode_cases import SHAPES, Shape
-from benchmarks.machine import describe
 from benchmarks.peak import peak_flops
 from benchmarks.peers.encode import BATCH, THREADS
 
@@ -171,19 +169,14 @@ def store(rows: list[dict[str, Any]]) -> None:
     """Put the rows in the place of those of the same case and peers, and print them."""
     table = RESULTS / "encode.csv"
     keys = ("shape", "layers", "texts", "tokens", "peer")
-    fresh = {tuple(str(row[key]) for key in keys) for row in rows}
-    kept = list(csv.DictReader(table.open())) if table.exists() else []
-    kept = [row for row in kept if tuple(row[key] for key in keys) not in fresh]
+    known = tables.read(table) + rows
     for row in rows:
         case = (*(str(row[key]) for key in keys[:-1]), "m3model")
-        ours = [like for like in kept + rows if tuple(str(like[key]) for key in keys) == case]
+        ours = [like for like in known if tuple(str(like[key]) for key in keys) == case]
         row["times_ours"] = f"{float(row['seconds']) / float(ours[-1]['seconds']):.3g}" if ours else ""
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(kept + rows)
+    tables.replace(table, FIELDS, rows, keys)
     torch.set_num_threads(THREADS)
-    (RESULTS / "encode_machine.json").write_text(json.dumps(describe(), indent=2) + "\n")
+    tables.write_machine(RESULTS / "encode_machine.json")
     for row in rows:
         print(*(row[name] for name in ("peer", "seconds", "rounds", *FIELDS[10:])), sep="\t")
 
@@ -194,8 +187,7 @@ def plot() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with (RESULTS / "encode.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = tables.read(RESULTS / "encode.csv")
     cases = list(dict.fromkeys((row["shape"], row["layers"], row["texts"], row["tokens"]) for row in rows))
     figure, axes = pyplot.subplots(len(cases), 1, figsize=(9, 0.34 * len(rows) + 0.9 * len(cases)), squeeze=False)
     for axis, case in zip(axes[:, 0], cases):

@@ -11,7 +11,6 @@ too, `chrt -f 10` before the command keeps them off the processors.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import select
@@ -21,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.machine import describe
+from benchmarks import tables
 from benchmarks.maxsim_cases import CASES
 from benchmarks.peak import peak_flops
 from benchmarks.peers.maxsim import PEERS
@@ -161,8 +160,7 @@ def plot() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with (RESULTS / "maxsim.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["peer"] != "(peak)"]
+    rows = [row for row in tables.read(RESULTS / "maxsim.csv") if row["peer"] != "(peak)"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     figure, panels = pyplot.subplots(len(cases), 1, figsize=(9, 2.3 * len(cases)))
     for axes, case in zip(panels if len(cases) > 1 else [panels], cases):
@@ -188,7 +186,6 @@ def main(arguments: list[str]) -> None:
     if not arguments or any(argument not in (*accepted, "plot") for argument in arguments):
         listing = "\n".join(f"  {number}  {name}" for number, name in enumerate(names))
         sys.exit(f"accepted are plot and the numbers of cases:\n{listing}")
-    RESULTS.mkdir(exist_ok=True)
     table = RESULTS / "maxsim.csv"
     for argument in arguments:
         if argument == "plot":
@@ -196,19 +193,15 @@ def main(arguments: list[str]) -> None:
             continue
         name = names[int(argument)]
         rows = measure(name)
-        kept = list(csv.DictReader(table.open())) if table.exists() else []
-        kept = [row for row in kept if row["case"] != name] + rows
+        kept = [row for row in tables.read(table) if row["case"] != name] + rows
         kept.sort(key=lambda row: names.index(str(row["case"])))
-        with table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(kept)
+        tables.write(table, FIELDS, kept)
         for row in rows:
             print("  ".join(f"{key}={row[key]}" for key in FIELDS[1:] if row.get(key, "") != ""), flush=True)
     if arguments == ["plot"]:
         return
-    machine = describe() | {"real_time_priority": os.sched_getscheduler(0) == os.SCHED_FIFO}
-    (RESULTS / "maxsim_machine.json").write_text(json.dumps(machine, indent=2) + "\n")
+    real_time = os.sched_getscheduler(0) == os.SCHED_FIFO
+    tables.write_machine(RESULTS / "maxsim_machine.json", real_time_priority=real_time)
 
 
 if __name__ == "__main__":

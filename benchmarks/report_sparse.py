@@ -9,8 +9,6 @@ in MB, each in a process of its own.
 
 from __future__ import annotations
 
-import csv
-import json
 import statistics
 import subprocess
 import sys
@@ -20,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import sparse_calls, sparse_texts
-from benchmarks.machine import describe, interleaved, peak_memory
+from benchmarks import sparse_calls, sparse_texts, tables
+from benchmarks.machine import interleaved, peak_memory
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FIELDS = ["part", "case", "peer", "threads", "milliseconds", "times_ours", "extra_memory_mb", "note"]
@@ -111,8 +109,7 @@ def plot() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with (RESULTS / "sparse.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["milliseconds"]]
+    rows = [row for row in tables.read(RESULTS / "sparse.csv") if row["milliseconds"]]
     cases = list(dict.fromkeys((row["part"], row["case"]) for row in rows))
     figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(rows) + 1.5))
     labels, position = [], 0
@@ -145,20 +142,14 @@ def main(parts: list[str]) -> None:
         return
     if unknown or not parts:
         sys.exit(f"parts {unknown or 'missing'}: accepted are {', '.join(known)} and plot")
-    RESULTS.mkdir(exist_ok=True)
     table = RESULTS / "sparse.csv"
     for part in parts:
         if part == "plot":
             plot()
             continue
-        kept = list(csv.DictReader(table.open())) if table.exists() else []
-        kept = [row for row in kept if not str(row["part"]).startswith(part)]
-        measured = known[part]()
-        with table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(kept + measured)
-        (RESULTS / "sparse_machine.json").write_text(json.dumps(describe(), indent=2) + "\n")
+        kept = [row for row in tables.read(table) if not str(row["part"]).startswith(part)]
+        tables.write(table, FIELDS, kept + known[part]())
+        tables.write_machine(RESULTS / "sparse_machine.json")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ M3_PARITY_PYTHON names the interpreter that has FlagEmbedding (make test-parity 
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -38,8 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import train_cases
-from benchmarks.machine import describe
+from benchmarks import tables, train_cases
 from benchmarks.train_cases import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -219,16 +217,9 @@ def limit(gib: float, layers: int) -> list[Row]:
 
 def store(rows: list[Row]) -> None:
     """Put the rows in the place of those of the same case."""
-    path = RESULTS / "train.csv"
     keys = ("part", "peer", "layers", "texts", "tokens", "limit_gib")
-    fresh = {tuple(str(row[key]) for key in keys) for row in rows}
-    kept = list(csv.DictReader(path.open())) if path.exists() else []
-    kept = [row for row in kept if tuple(row[key] for key in keys) not in fresh]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(kept + rows)
-    (RESULTS / "train_machine.json").write_text(json.dumps(describe(), indent=2) + "\n")
+    tables.replace(RESULTS / "train.csv", FIELDS, rows, keys)
+    tables.write_machine(RESULTS / "train_machine.json")
 
 
 TITLES = {
@@ -241,8 +232,7 @@ TITLES = {
 
 def table() -> None:
     """docs/training_benchmark.md from the rows."""
-    with (RESULTS / "train.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = tables.read(RESULTS / "train.csv")
     machine = json.loads((RESULTS / "train_machine.json").read_text())
     about = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}"
     lines = [
