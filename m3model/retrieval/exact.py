@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from m3kernels import SparseBatch, SparseIndex, maxsim_pairs, sparse_scores
+from m3kernels import SparseBatch, SparseIndex, sparse_scores
 from m3kernels.sparse.ops import check_batch_values
 from m3model.embeddings import EncodedTexts
 from m3model.retrieval.fingerprint import document_digest, same_model
 from m3model.retrieval.indexed_segment import IndexedSegment
 from m3model.retrieval.interface import CANDIDATES, RERANK, Head, Ranking, Scores
-from m3model.retrieval.reranking import Encode, scores_of_encoded
+from m3model.retrieval.reranking import Encode, listed_scores, scores_of_encoded
 from m3model.retrieval.segment import Segment
 from m3model.retrieval.storage import is_index, read_index, write_index
 from m3model.scoring import DEFAULT_WEIGHTS, check_weights
@@ -490,20 +490,13 @@ class ExactIndex:
         """MaxSim of each query with the documents of its numbers, which need not be in order."""
         assert queries.multi_vector is not None
         results: list[Scores] = [np.zeros(len(numbers), dtype=np.float32) for numbers in found]
-        rows, offsets = queries.multi_vector
-        rows = rows.to(self._row_dtype)
         for begin, held in self._numbered():
             stored = held.segment.embeddings.multi_vector
             assert stored is not None
             places = [np.flatnonzero((begin <= numbers) & (numbers < begin + len(held))) for numbers in found]
-            pairs = [
-                np.stack([np.full(len(place), query), found[query][place] - begin], axis=1)
-                for query, place in enumerate(places)
-            ]
-            listed = torch.from_numpy(np.concatenate(pairs).astype(np.int32))
-            scores = maxsim_pairs(rows, stored.rows, offsets, stored.offsets, listed).float().numpy()
-            for query, values in enumerate(np.split(scores, np.cumsum([len(place) for place in places])[:-1])):
-                results[query][places[query]] = values
+            listed = [numbers[place] - begin for numbers, place in zip(found, places)]
+            for result, place, values in zip(results, places, listed_scores(queries.multi_vector, stored, listed)):
+                result[place] = values
         return results
 
     def _made(self, queries: EncodedTexts, found: Sequence[Numbers], encode: Encode) -> list[Scores]:

@@ -13,7 +13,7 @@ all, and writing it again changes nothing. Searching and reranking:
     dense, sparse   Milvus's search on the field (inner product)
     dense+sparse    the union of both lists; what one list lacks is fetched and scored here, so that scores are those
                     of ExactIndex; fusion="rrf" asks Milvus's own hybrid search for reciprocal rank fusion instead
-    multi_vector    pieces of the best `rerank` documents are fetched and compared by maxsim_pairs; where the index
+    multi_vector    pieces of the best `rerank` documents are fetched and compared by MaxSim; where the index
                     holds no multi-vectors, the documents' JSON is fetched and `encode` makes them
 
 Milvus refuses empty sparse vectors: a text without tokens gets one token id that no tokenizer has, of weight 1e-30.
@@ -34,12 +34,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from m3kernels import SparseBatch, maxsim_pairs
+from m3kernels import SparseBatch, offsets_from_lengths
 from m3kernels.sparse.batch import NO_ID
 from m3model.embeddings import EncodedTexts, MultiVectors
 from m3model.retrieval.fingerprint import document_digest, same_model
 from m3model.retrieval.interface import CANDIDATES, RERANK, Head, Ranking
-from m3model.retrieval.reranking import Encode, scores_of_encoded
+from m3model.retrieval.reranking import Encode, listed_scores, scores_of_encoded
 from m3model.scoring import DEFAULT_WEIGHTS, check_weights
 
 __all__ = ["MilvusIndex"]
@@ -520,12 +520,11 @@ class MilvusIndex:
             assert query.rows is not None
             stored = self._stored(own, "row")
             rows = [np.frombuffer(stored[document], dtype=np.float16).reshape(-1, self.row_width) for document in own]
-            offsets = torch.tensor([0, *np.cumsum([len(part) for part in rows]).tolist()], dtype=torch.int32)
+            offsets = offsets_from_lengths(torch.tensor([len(part) for part in rows], dtype=torch.int32))
             passages = np.concatenate([np.zeros((0, self.row_width), dtype=np.float16), *rows])
-            pairs = torch.tensor([[0, number] for number in range(len(own))], dtype=torch.int32).reshape(-1, 2)
             bounds = torch.tensor([0, len(query.rows)], dtype=torch.int32)
-            scores = maxsim_pairs(query.rows.half(), torch.from_numpy(passages), bounds, offsets, pairs)
-            one["multi_vector"] = scores.float().numpy()
+            stored_rows = MultiVectors(torch.from_numpy(passages), offsets)
+            (one["multi_vector"],) = listed_scores(MultiVectors(query.rows, bounds), stored_rows, [np.arange(len(own))])
 
     def _add_encoded_scores(
         self, block: Sequence[_Query], found: list[list[str]], columns: list[dict[str, Scores]], encode: Encode
@@ -534,7 +533,7 @@ class MilvusIndex:
         stored = self._stored(chosen, "document")
         place = {document: number for number, document in enumerate(chosen)}
         rows = [query.rows for query in block if query.rows is not None]
-        offsets = torch.tensor([0, *np.cumsum([len(part) for part in rows]).tolist()], dtype=torch.int32)
+        offsets = offsets_from_lengths(torch.tensor([len(part) for part in rows], dtype=torch.int32))
         candidates = [np.array([place[document] for document in own], dtype=np.int64) for own in found]
         contents = [json.loads(stored[document]) for document in chosen]
         for one, scores in zip(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from m3kernels import maxsim_pairs
 from m3model.embeddings import EncodedTexts, MultiVectors
 
-__all__ = ["Encode", "scores_of_encoded"]
+__all__ = ["Encode", "listed_scores", "scores_of_encoded"]
 
 Encode = Callable[[Sequence[Mapping[str, Any]]], EncodedTexts]
 """From the JSON objects of documents to their embeddings, multi-vectors among them."""
@@ -41,14 +41,22 @@ def scores_of_encoded(
     """
     if not documents:
         return [np.zeros(0, dtype=np.float32) for _ in candidates]
-    rows, offsets = queries
+    width = queries.rows.shape[1]
     made = encode(documents).multi_vector
-    if made is None or made.offsets.shape[0] != len(documents) + 1 or made.rows.shape[1] != rows.shape[1]:
+    if made is None or made.offsets.shape[0] != len(documents) + 1 or made.rows.shape[1] != width:
         raise ValueError(
-            f"encode was given {len(documents)} documents and must give as many multi-vectors of width {rows.shape[1]};"
+            f"encode was given {len(documents)} documents and must give as many multi-vectors of width {width};"
             f" it gave {'none' if made is None else (made.offsets.shape[0] - 1, made.rows.shape[1])}"
         )
-    pairs = [np.stack([np.full(len(own), query), own], axis=1) for query, own in enumerate(candidates)]
-    listed = torch.from_numpy(np.concatenate(pairs).astype(np.int32))
-    scores = maxsim_pairs(rows.to(made.rows.dtype), made.rows, offsets, made.offsets, listed).float().numpy()
-    return np.split(scores, np.cumsum([len(own) for own in candidates])[:-1])
+    return listed_scores(queries, made, candidates)
+
+
+def listed_scores(
+    queries: MultiVectors, passages: MultiVectors, listed: Sequence[NDArray[np.int64]]
+) -> list[NDArray[np.float32]]:
+    """MaxSim of each of N queries with the passages of its list of numbers, in the dtype of the passages' rows."""
+    numbers = [np.stack([np.full(len(own), query), own], axis=1) for query, own in enumerate(listed)]
+    pairs = torch.from_numpy(np.concatenate(numbers).astype(np.int32))
+    rows = queries.rows.to(passages.rows.dtype)
+    scores = maxsim_pairs(rows, passages.rows, queries.offsets, passages.offsets, pairs).float().numpy()
+    return np.split(scores, np.cumsum([len(own) for own in listed])[:-1])
