@@ -34,6 +34,7 @@ __all__ = [
     "encode_texts",
     "encode_windows",
     "evaluating",
+    "filled_batches",
     "pack_ids",
     "plan_batches",
     "windows",
@@ -81,11 +82,11 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     batch_tokens does, the smallest is taken, so that the last batch is no small rest.
     """
     order = sorted(range(len(lengths)), key=lambda text: -lengths[text])
-    batches = _filled(order, lengths, batch_tokens)
+    batches = filled_batches(order, lengths, batch_tokens)
     too_small, enough = 0, batch_tokens
     while enough - too_small > 1:
         limit = (too_small + enough) // 2
-        candidate = _filled(order, lengths, limit)
+        candidate = filled_batches(order, lengths, limit)
         if len(candidate) > len(batches):
             too_small = limit
         else:
@@ -93,7 +94,8 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _filled(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+def filled_batches(order: Iterable[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Numbers of the texts of each batch, in this order: at most `limit` rows, or one text that has more."""
     batches: list[list[int]] = []
     room = 0
     for number in order:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from m3kernels import offsets_from_lengths
+from m3model.encoding import filled_batches, pack_ids
 from m3model.model import M3Model
 from m3model.tokenizer import Ids
 
@@ -41,9 +41,8 @@ def fit_token_weights(
     width = model.config.hidden_size
     gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)
     moment = torch.zeros(width + 1, dtype=torch.float64)
-    for batch in _batches(sample, batch_tokens):
-        ids = torch.from_numpy(np.concatenate(batch))
-        offsets = offsets_from_lengths(torch.tensor([len(text) for text in batch]))
+    for batch in filled_batches(range(len(sample)), [len(text) for text in sample], batch_tokens):
+        ids, offsets = pack_ids([sample[number] for number in batch])
         with torch.no_grad():
             hidden = model.backbone(ids.to(model.device), offsets.to(model.device)).double().cpu()
         counted = ~torch.isin(ids, torch.tensor(model.config.ignored_token_ids, dtype=torch.int32))
@@ -64,12 +63,3 @@ def _inverse_document_frequencies(collection: Sequence[Ids], vocabulary: int) ->
         frequency[np.unique(ids)] += 1
     documents = len(collection)
     return torch.from_numpy(np.log1p((documents - frequency + 0.5) / (frequency + 0.5)))
-
-
-def _batches(texts: Sequence[Ids], batch_tokens: int) -> list[list[Ids]]:
-    batches: list[list[Ids]] = [[]]
-    for ids in texts:
-        if batches[-1] and sum(map(len, batches[-1])) + len(ids) > batch_tokens:
-            batches.append([])
-        batches[-1].append(ids)
-    return batches

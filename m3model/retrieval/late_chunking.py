@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from m3kernels import SparseBatch
+from m3kernels import SparseBatch, offsets_from_lengths
 from m3model.embeddings import EncodedTexts, M3Embeddings, MultiVectors
-from m3model.encoding import DEFAULT_BATCH_TOKENS, evaluating, pack_ids
+from m3model.encoding import DEFAULT_BATCH_TOKENS, evaluating, filled_batches, pack_ids
 from m3model.heads import dense_vectors
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _states(model: M3Model, text: str, max_length: int, batch_tokens: int) -> _S
     rows = [tokenizer.enclosed([*pieces.ids[:lead], *ids[start:stop]]) for start, stop in zip(starts, stops)]
     first = tokenizer.leading + lead
     kept: list[Tensor] = []
-    for group in _groups([len(row) for row in rows], batch_tokens):
+    for group in filled_batches(range(len(rows)), [len(row) for row in rows], batch_tokens):
         packed, offsets = pack_ids([rows[number] for number in group])
         longest = max(len(rows[number]) for number in group)
         hidden = model.backbone(packed.to(model.device), offsets.to(model.device), longest)
@@ -131,19 +131,6 @@ def _stretches(count: int, room: int) -> tuple[list[int], list[int], list[int]]:
     stops = [start + room for start in starts]
     middles = [(start + stop) // 2 for start, stop in zip(starts[1:], stops)]
     return starts, stops, [0, *middles, count]
-
-
-def _groups(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Consecutive numbers whose lengths add up to at most batch_tokens, at least one."""
-    groups: list[list[int]] = []
-    room = 0
-    for number, length in enumerate(lengths):
-        if not groups or length > room:
-            groups.append([])
-            room = batch_tokens
-        groups[-1].append(number)
-        room -= length
-    return groups
 
 
 def _windows(
@@ -186,6 +173,5 @@ def _windows(
 
 
 def _packed(rows: Sequence[NDArray[np.int64]], device: torch.device) -> tuple[Tensor, Tensor]:
-    offsets = torch.zeros(len(rows) + 1, dtype=torch.int32)
-    offsets[1:] = torch.tensor([len(own) for own in rows]).cumsum(0)
+    offsets = offsets_from_lengths(torch.tensor([len(own) for own in rows]))
     return torch.from_numpy(np.concatenate(rows)).to(device), offsets.to(device)
