@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dying_writer import killed_writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_texts import random_texts
@@ -129,23 +128,6 @@ def test_deleting_and_replacing_refuse_what_adding_refuses() -> None:
 
 
 def test_a_process_killed_while_it_saves_deletions_leaves_all_or_none(tmp_path: Path) -> None:
-    program = """
-import os, sys
-from m3model.retrieval import ExactIndex
-sys.path.insert(0, sys.argv[3])
-from random_texts import random_texts
-steps, real = int(sys.argv[2]), os.fsync
-def counted(descriptor):
-    global steps
-    steps -= 1
-    if steps == 0:
-        os.kill(os.getpid(), 9)
-    real(descriptor)
-os.fsync = counted
-index = ExactIndex.load(sys.argv[1])
-index.upsert(["d1"], random_texts(1, 50), [{"new": 1}])
-index.save(sys.argv[1])
-"""
     index = ExactIndex()
     index.add([f"d{n}" for n in range(12)], random_texts(12, 1), [{"n": n} for n in range(12)])
     index.delete(["d5"])
@@ -157,17 +139,15 @@ index.save(sys.argv[1])
     for count in (2, 24, 100):
         copy = tmp_path / f"copy{count}"
         shutil.copytree(tmp_path / "index", copy)
-        arguments = [sys.executable, "-c", program, str(copy), str(count), str(Path(__file__).parent)]
-        done = subprocess.run(arguments, check=False, capture_output=True, text=True)
-        assert done.returncode in (0, -9), done.stderr
+        code = killed_writer(copy, count, "upsert", "d1")
         loaded = ExactIndex.load(copy)
         assert len(loaded) == 10 and "d1" in loaded and loaded.document("d1") in ({"n": 1}, {"new": 1})
-        assert (loaded.document("d1") == {"new": 1}) or done.returncode == -9
+        assert (loaded.document("d1") == {"new": 1}) or code == -9
         found = loaded.search(random_texts(1, 3), 20, head="dense")[0].ids
         assert sorted(found) == sorted(f"d{n}" for n in range(12) if n not in (5, 7))
         loaded.delete(["d0"])
         loaded.save(copy)
         assert len(ExactIndex.load(copy)) == 9
-        codes.add((done.returncode, loaded.document("d1") == {"new": 1}))
+        codes.add((code, loaded.document("d1") == {"new": 1}))
     assert {(0, True), (-9, False)} <= codes
     assert os.listdir(tmp_path / "index")

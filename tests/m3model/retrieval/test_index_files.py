@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dying_writer import killed_writer
 from random_texts import random_texts
 
 from m3model.retrieval import ExactIndex, storage
@@ -123,31 +122,11 @@ def test_a_save_that_fails_leaves_the_old_index(stored: Path, monkeypatch: pytes
 
 
 def test_a_process_killed_while_it_saves_leaves_the_old_or_the_new_index(stored: Path, tmp_path: Path) -> None:
-    program = """
-import os, sys
-from m3model.retrieval import ExactIndex, storage
-sys.path.insert(0, sys.argv[3])
-from random_texts import random_texts
-steps = int(sys.argv[2])
-real = os.fsync
-def counted(descriptor):
-    global steps
-    steps -= 1
-    if steps == 0:
-        os.kill(os.getpid(), 9)
-    real(descriptor)
-os.fsync = counted
-index = ExactIndex.load(sys.argv[1])
-index.add(["new"], random_texts(1, 50))
-index.save(sys.argv[1])
-"""
     seen = set()
     for steps in (1, 6, 14, 21, 23, 100):
         copy = tmp_path / f"copy{steps}"
         shutil.copytree(stored, copy)
-        arguments = [sys.executable, "-c", program, str(copy), str(steps), str(Path(__file__).parent)]
-        done = subprocess.run(arguments, check=False, capture_output=True, text=True)
-        assert done.returncode in (0, -9), done.stderr
+        code = killed_writer(copy, steps, "add", "new")
         loaded = ExactIndex.load(copy)
         assert len(loaded) == 12 + ("new" in loaded)
         if "new" not in loaded:
@@ -155,7 +134,7 @@ index.save(sys.argv[1])
         loaded.save(copy)
         assert len(ExactIndex.load(copy)) == 13
         assert len([path for path in copy.iterdir() if path.is_dir()]) == 2
-        seen.add((done.returncode, "new" in loaded))
+        seen.add((code, "new" in loaded))
     assert {code for code, _ in seen} == {0, -9}
 
 
