@@ -99,7 +99,9 @@ def evaluate(
     for path in write_report(results, out, f"{dataset}: {os.path.basename(model.rstrip('/'))}", note=note):
         message(f"wrote {path}")
     for unwanted in {"all": [], "runs": ["cache"], "report": ["cache", "runs", "qrels"]}[keep]:
-        shutil.rmtree(out / unwanted, ignore_errors=True)
+        folder = out / unwanted
+        if folder.is_dir() and not (cache is not None and folder.samefile(cache)):
+            shutil.rmtree(folder)
     _show(results, as_json)
 
 

@@ -52,6 +52,7 @@ def test_one_command_makes_the_table(folder: Path, xquad: Path, tmp_path: Path) 
         few = [*command, "--settings", "monolingual", "--heads", "sparse", "--no-bm25", "--keep", keep]
         assert m3(*few, "--cache", tmp_path / "cache").exit_code == 0 and (tmp_path / "cache").is_dir()
         assert {path.name for path in out.iterdir() if path.suffix != ".png"} == left
+    assert m3(*few, "--cache", out / "cache").exit_code == 0 and (out / "cache").is_dir()
 
 
 def test_bad_arguments(folder: Path, xquad: Path, tmp_path: Path) -> None:
