@@ -84,6 +84,11 @@ class _Collection(NamedTuple):
     pairs: list[Pair]
     tokens: int
 
+    @property
+    def names(self) -> str:
+        """Digest of the pairs' names."""
+        return _sha256("\n".join(pair.name for pair in self.pairs).encode())
+
 
 def _training_pairs(collection: _Collection) -> list[Pair]:
     """All pairs without those of the collection."""
@@ -128,8 +133,7 @@ def _collection(folder: Path, model: M3Model, tokens: int) -> _Collection:
 
 def _with_token_weights(folder: Path, model: M3Model, collection: _Collection) -> M3Model:
     """The model with a fitted sparse head, saved; as it is if it was fitted to this collection before."""
-    names = _sha256("\n".join(pair.name for pair in collection.pairs).encode())
-    made_of = {"recipe": _RECIPE, "collection": names}
+    made_of = {"recipe": _RECIPE, "collection": collection.names}
     if model.config.others.get("token_weights") == made_of:
         return model
     tokenizer, limit, prefix = model.tokenization(512, "passage")
@@ -184,15 +188,15 @@ def _index(path: Path, place: Path, model: M3Model, collection: _Collection) -> 
 def _before(folder: Path, model: M3Model, collection: _Collection) -> Places:
     """What the untrained model finds, kept in a file for the next run; its index is not kept."""
     path, index = folder / "before.json", folder / "before"
-    made_of = {"model": fingerprint(model), "pairs": _sha256("\n".join(p.name for p in collection.pairs).encode())}
-    if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["made_of"] == made_of:
-            return dict(stored["places"])
-    places = _places(_index(index, folder / "model", model, collection), model, collection.pairs)
-    write_whole(path, json.dumps({"made_of": made_of, "places": places}))
-    shutil.rmtree(index)
-    return places
+    made_of = {"model": fingerprint(model), "pairs": collection.names}
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if stored.get("made_of") != made_of:
+        places = _places(_index(index, folder / "model", model, collection), model, collection.pairs)
+        stored = {"made_of": made_of, "places": places}
+        write_whole(path, json.dumps(stored))
+    if index.is_dir():
+        shutil.rmtree(index)
+    return dict(stored["places"])
 
 
 def _places(index: ExactIndex, model: M3Model, pairs: Sequence[Pair]) -> Places:
