@@ -70,10 +70,11 @@ void meet(
       for (int v = 0; v < 2; ++v) scores[r][v] = splat(-block.shift[first + r]);
     }
     multiply_tile<R, 2>(panel.keys, queries, width, width, fetch_nothing(queries), scores);
+    exp2(scores);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 2; ++v) {
-        Floats probability = exp2(scores[r][v]);
+        Floats probability = scores[r][v];
         if constexpr (kSampled) {
           const Ints hash = entry_hash(
               add(word(uint32_t(block.sampling_keys[first + r])), multiply(column[v], word(kGolden))));

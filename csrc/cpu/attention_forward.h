@@ -113,10 +113,11 @@ void attend(const KeyTile& tile, int64_t width, const Limits& limits, const Quer
       rescale(weights, first, factor[0], factor[1]);
       rescale(panel.sums, width, factor[0], factor[1]);
     }
+    exp2(scores);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 2; ++v) {
-        Floats weight = exp2(scores[r][v]);
+        Floats weight = scores[r][v];
         fresh[v] = add(fresh[v], weight);
         if constexpr (kDropout) {
           const uint32_t column = uint32_t(tile.first + first + r);

@@ -112,6 +112,13 @@ template <int R>
   const float *first = panels.vectors[0], *second = panels.vectors[1];
 #pragma GCC unroll 4
   for (int64_t e = 0; e < steps; ++e) {
+    // Two vectors then make one panel, so the second lies beside the first.
+    if constexpr (kWrittenStep<R, 2> && kTileColumns == kPanelColumns) {
+      multiply_step(first, rows, acc);
+      first += kPanelColumns;
+      rows += kTileRows;
+      continue;
+    }
     const Floats column_0 = load(first), column_1 = load(second);
     first += kPanelColumns;
     second += kPanelColumns;

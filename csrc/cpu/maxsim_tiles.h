@@ -107,8 +107,10 @@ void visit_tiles(int64_t rows, int64_t row_bytes, PassageRows passage, const Sta
   const int64_t group = std::max<int64_t>(1, kGroupBytes / (kPanel * row_bytes)) * kPanel;
   for (int64_t begin = 0; begin < rows; begin += group) {
     const int64_t end = std::min(rows, begin + group);
-    for (int64_t row = passage.first; row < passage.last; row += kRows) {
-      with_tile_rows<kRows>(std::min<int64_t>(kRows, passage.last - row), [&](auto tile_rows) {
+    // Tiles of nearly equal height: a low one at the end would make its few sums wait for each other.
+    int64_t row = passage.first;
+    for (int64_t tiles = (passage.last - row + kRows - 1) / kRows; tiles > 0; --tiles) {
+      with_tile_rows<kRows>((passage.last - row + tiles - 1) / tiles, [&](auto tile_rows) {
         start(row, tile_rows);
         for (int64_t at = begin; at < end; at += kPanel) {
           if (rows - at <= kLanes) {
@@ -117,6 +119,7 @@ void visit_tiles(int64_t rows, int64_t row_bytes, PassageRows passage, const Sta
             body(tile_rows, std::integral_constant<int, 2>{}, row, at, at == begin);
           }
         }
+        row += tile_rows;
       });
     }
   }

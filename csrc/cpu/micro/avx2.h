@@ -21,6 +21,9 @@ constexpr int kLanes = 8;
 constexpr int kTileRows = 6;
 // 5 rows for bytes: 10 accumulators, 2 for the panel, 1 for 4 broadcast bytes, 1 for the ones and 1 for a product.
 constexpr int kByteTileRows = 5;
+// micro/avx2_step.h has a written step for tiles of R rows by V vectors.
+template <int R, int V>
+constexpr bool kWrittenStep = R >= 4 && R <= 6 && V == 2;
 
 using Floats = __m256;
 using Ints = __m256i;
@@ -109,3 +112,5 @@ inline Ints pair_sums(Ints low, Ints high) {
 }
 
 }  // namespace m3::avx2
+
+#include "avx2_step.h"

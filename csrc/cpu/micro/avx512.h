@@ -25,6 +25,8 @@ constexpr int kLanes = 16;
 // Rows of a register tile: 12 rows x 2 vectors = 24 accumulators of the 32 registers.
 constexpr int kTileRows = 12;
 constexpr int kByteTileRows = 12;
+template <int R, int V>
+constexpr bool kWrittenStep = false;  // The compiler's own loop is used, see micro/tile.h.
 
 using Floats = __m512;
 using Ints = __m512i;

@@ -20,6 +20,8 @@ using torch::headeronly::Half;
 constexpr int kLanes = 4;
 constexpr int kTileRows = 6;
 constexpr int kByteTileRows = 4;
+template <int R, int V>
+constexpr bool kWrittenStep = false;  // The compiler's own loop is used, see micro/tile.h.
 
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));

@@ -42,6 +42,11 @@ template <int R, int V>
     ahead.next += ahead.advance;
 #pragma GCC unroll 8
     for (int step = 0; step < 8; ++step) {
+      if constexpr (kWrittenStep<R, V>) {
+        const float* const at = rows + e + step;
+        multiply_step(panel + (e + step) * V * kLanes, at, at + 3 * stride, stride * sizeof(float), acc);
+        continue;
+      }
       Floats column[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) column[v] = load(panel + ((e + step) * V + v) * kLanes);
@@ -63,6 +68,10 @@ template <int R, int V>
     const float* panel, const float* columns, int64_t stride, int64_t width, Floats (&acc)[R][V]) {
 #pragma GCC unroll 4
   for (int64_t e = 0; e < width; ++e) {
+    if constexpr (kWrittenStep<R, V>) {
+      multiply_step(panel + e * V * kLanes, columns + e * stride, acc);
+      continue;
+    }
     Floats column[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) column[v] = load(panel + (e * V + v) * kLanes);
