@@ -57,10 +57,10 @@ class M3Embeddings(Generic[Dense]):
             dense = self.dense[numbers.numpy()]
         sparse, multi_vector = self.sparse, self.multi_vector
         if sparse is not None:
-            rows, offsets = _rows_of(sparse.offsets, numbers)
+            rows, offsets = rows_of(sparse.offsets, numbers)
             sparse = SparseBatch(sparse.token_ids[rows], sparse.weights[rows], offsets)
         if multi_vector is not None:
-            rows, offsets = _rows_of(multi_vector.offsets, numbers)
+            rows, offsets = rows_of(multi_vector.offsets, numbers)
             multi_vector = MultiVectors(multi_vector.rows[rows], offsets)
         return M3Embeddings(dense, sparse, multi_vector)
 
@@ -80,11 +80,11 @@ class M3Embeddings(Generic[Dense]):
         if batches := _all_or_none([part.sparse for part in parts], "sparse"):
             batches = [batch.compact() for batch in batches]
             ids, weights, offsets = zip(*batches)
-            sparse = SparseBatch(torch.cat(ids), torch.cat(weights), _chain(offsets))
+            sparse = SparseBatch(torch.cat(ids), torch.cat(weights), chain(offsets))
         multi_vector: MultiVectors | None = None
         if vectors := _all_or_none([part.multi_vector for part in parts], "multi_vector"):
             rows, offsets = zip(*vectors)
-            multi_vector = MultiVectors(torch.cat(rows), _chain(offsets))
+            multi_vector = MultiVectors(torch.cat(rows), chain(offsets))
         return M3Embeddings(dense, sparse, multi_vector)
 
 
@@ -101,7 +101,7 @@ def _all_or_none(parts: list[Part | None], name: str) -> list[Part] | None:
     return present or None
 
 
-def _rows_of(offsets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def rows_of(offsets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Row numbers of the chosen texts one after another, and their offsets."""
     numbers = numbers.to(offsets.device)
     begins, ends = offsets[numbers].long(), offsets[numbers + 1].long()
@@ -112,7 +112,7 @@ def _rows_of(offsets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return shift + torch.arange(shift.shape[0], device=offsets.device), chosen
 
 
-def _chain(offsets: Sequence[Tensor]) -> Tensor:
+def chain(offsets: Sequence[Tensor]) -> Tensor:
     """Offsets of sequences that follow one another."""
     lengths = torch.cat([part.diff() for part in offsets])
     chained = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)

@@ -2,7 +2,7 @@
 
     dense         blocked matrix product                      N·E multiplications a query
     sparse        inverted index (m3kernels.SparseIndex)      blocks of documents that can reach the k best
-    multi_vector  maxsim_pairs over the candidates            Lq·Ld·E a pair
+    multi_vector  maxsim_pairs over the candidates            Lq·Ld·E a pair; on codes where those are kept
 
 Equal scores rank by the order in which documents were added; one that was replaced counts as added then. The index
 holds its documents in segments: additions gather in memory and become one when it is searched or saved, and small
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from m3kernels import SparseBatch, SparseIndex, sparse_scores
 from m3kernels.sparse.ops import check_batch_values
 from m3model.embeddings import EncodedTexts
+from m3model.retrieval.coded_vectors import RowBits
 from m3model.retrieval.fingerprint import document_digest, same_model
 from m3model.retrieval.indexed_segment import IndexedSegment
 from m3model.retrieval.interface import CANDIDATES, RERANK, Head, Ranking, Scores
@@ -54,18 +55,29 @@ class ExactIndex:
     Attributes:
         fingerprint: of the model that made the embeddings (m3model.retrieval.fingerprint), or None.
         metadata: JSON values saved with the index.
+        row_bits: 8 or 1, bits of an element of the multi-vectors that are added; None keeps them in their dtype. An
+            index that holds some keeps to what they are.
     """
 
-    def __init__(self, fingerprint: str | None = None, metadata: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        fingerprint: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        row_bits: RowBits | None = None,
+    ) -> None:
+        """Raises ValueError for other row_bits."""
+        if row_bits not in (None, *get_args(RowBits)):
+            raise ValueError(f"row_bits is {row_bits!r}; accepted: None, 8, 1")
         self.fingerprint = fingerprint
         self.metadata: dict[str, Any] = dict(metadata or {})
+        self.row_bits = row_bits
         self._segments: list[IndexedSegment] = []
         self._pending: list[IndexedSegment] = []
         self._by_serial: dict[int, IndexedSegment] = {}
         self._next_serial = 0
         self._place_of: dict[str, int] = {}
         self._widths: dict[str, int] | None = None
-        self._row_dtype: torch.dtype | None = None
+        self._row_format: str | None = None
         self._stored_in: tuple[Path, str] | None = None
 
     def __len__(self) -> int:
@@ -156,14 +168,14 @@ class ExactIndex:
         _check_values("embeddings", embeddings)
         if embeddings.sparse is not None:
             check_batch_values("embeddings.sparse", embeddings.sparse.token_ids, embeddings.sparse.offsets)
-        row_dtype = embeddings.multi_vector.rows.dtype if embeddings.multi_vector is not None else None
-        if self._widths is not None and (widths, row_dtype) != (self._widths, self._row_dtype):
+        segment = Segment.of(ids, documents, embeddings, self.row_bits)
+        row_format = _row_format(segment)
+        if self._widths is not None and (widths, row_format) != (self._widths, self._row_format):
             raise ValueError(
-                f"embeddings have {_describe(widths, row_dtype)}; the index has"
-                f" {_describe(self._widths, self._row_dtype)}"
+                f"embeddings have {_describe(widths, row_format)}; the index has"
+                f" {_describe(self._widths, self._row_format)}"
             )
-        segment = Segment.of(ids, documents, embeddings)
-        self._widths, self._row_dtype = widths, row_dtype
+        self._widths, self._row_format = widths, row_format
         self.delete(ids)
         self._pending.append(self._placed(IndexedSegment(segment), enumerate(ids)))
 
@@ -270,11 +282,12 @@ class ExactIndex:
         manifest, segments = read_index(folder, verify=verify)
         index = cls(manifest.fingerprint, manifest.metadata)
         for held in segments:
-            stored = held.segment.embeddings
-            facts = (_widths(stored), stored.multi_vector.rows.dtype if stored.multi_vector is not None else None)
-            if index._widths is not None and facts != (index._widths, index._row_dtype):
+            facts = (_held_widths(held.segment), _row_format(held.segment))
+            if index._widths is not None and facts != (index._widths, index._row_format):
                 raise ValueError(f"{folder}: {held.name} has {_describe(*facts)}, the segments before it have others")
-            index._widths, index._row_dtype = facts
+            index._widths, index._row_format = facts
+            if held.segment.codes is not None:
+                index.row_bits = 8 if held.segment.codes.rows.bits == 8 else 1
             index._segments.append(index._placed(held, held.living_ids()))
         if len(index) != sum(held.living for held in segments):
             raise ValueError(f"{folder} is damaged: a document id occurs twice")
@@ -297,19 +310,14 @@ class ExactIndex:
             if union.fingerprint is not None and index.fingerprint is not None:
                 union.check_model(index.fingerprint)
             for held in (*index._segments, *index._pending):
-                stored = held.segment.embeddings
-                chosen = [part for part in _PARTS if getattr(stored, part) is not None] if parts is None else parts
-                if absent := [part for part in chosen if getattr(stored, part, None) is None]:
-                    raise ValueError(f"parts are {list(chosen)}, but an index has no {', '.join(absent)}")
-                embeddings = type(stored)(**{part: getattr(stored, part) for part in chosen})
-                widths = _widths(embeddings)
-                row_dtype = embeddings.multi_vector.rows.dtype if embeddings.multi_vector is not None else None
-                if union._widths is not None and (widths, row_dtype) != (union._widths, union._row_dtype):
-                    before_it = _describe(union._widths, union._row_dtype)
-                    raise ValueError(f"an index has {_describe(widths, row_dtype)}, the ones before it {before_it}")
-                union._widths, union._row_dtype = widths, row_dtype
+                segment = held.segment if parts is None else held.segment.only(parts)
+                facts = (_held_widths(segment), _row_format(segment))
+                if union._widths is not None and facts != (union._widths, union._row_format):
+                    before_it = _describe(union._widths, union._row_format)
+                    raise ValueError(f"an index has {_describe(*facts)}, the ones before it {before_it}")
+                union._widths, union._row_format = facts
                 before = len(union)
-                shared = held.share(Segment(held.segment.ids, held.segment.documents, embeddings))
+                shared = held.share(segment)
                 union._segments.append(union._placed(shared, shared.living_ids()))
                 if len(union) != before + held.living:
                     raise ValueError("a document id occurs in two of the indexes")
@@ -491,7 +499,7 @@ class ExactIndex:
         assert queries.multi_vector is not None
         results: list[Scores] = [np.zeros(len(numbers), dtype=np.float32) for numbers in found]
         for begin, held in self._numbered():
-            stored = held.segment.embeddings.multi_vector
+            stored = held.segment.multi_vector
             assert stored is not None
             places = [np.flatnonzero((begin <= numbers) & (numbers < begin + len(held))) for numbers in found]
             listed = [numbers[place] - begin for numbers, place in zip(found, places)]
@@ -563,6 +571,23 @@ def _widths(embeddings: EncodedTexts) -> dict[str, int]:
     return widths
 
 
+def _held_widths(segment: Segment) -> dict[str, int]:
+    """As `_widths`, of a segment, whose multi-vectors may be codes."""
+    if segment.codes is None:
+        return _widths(segment.embeddings)
+    others = segment.embeddings
+    widths = {} if others.dense is None and others.sparse is None else _widths(others)
+    return {**widths, "multi_vector": segment.codes.rows.width}
+
+
+def _row_format(segment: Segment) -> str | None:
+    """What the multi-vectors of a segment are kept as."""
+    if segment.codes is not None:
+        return f"{segment.codes.rows.bits} bits"
+    vectors = segment.embeddings.multi_vector
+    return None if vectors is None else str(vectors.rows.dtype)
+
+
 def _check_values(name: str, embeddings: EncodedTexts) -> None:
     """Raise ValueError for NaN or infinity, which no ranking can order."""
     if embeddings.dense is not None and not np.isfinite(embeddings.dense).all():
@@ -575,9 +600,9 @@ def _check_values(name: str, embeddings: EncodedTexts) -> None:
         raise ValueError(f"{name} have multi-vector values that are not finite")
 
 
-def _describe(widths: Mapping[str, int], row_dtype: torch.dtype | None) -> str:
+def _describe(widths: Mapping[str, int], row_format: str | None) -> str:
     parts = [f"{part} of width {width}" if width else part for part, width in widths.items()]
-    return ", ".join(parts) + (f" ({row_dtype})" if row_dtype else "")
+    return ", ".join(parts) + (f" ({row_format})" if row_format else "")
 
 
 def _empty_ranking() -> Ranking:

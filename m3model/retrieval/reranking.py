@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from m3kernels import maxsim_pairs
 from m3model.embeddings import EncodedTexts, MultiVectors
+from m3model.retrieval.coded_vectors import CodedVectors
 
 __all__ = ["Encode", "listed_scores", "scores_of_encoded"]
 
@@ -52,11 +53,12 @@ def scores_of_encoded(
 
 
 def listed_scores(
-    queries: MultiVectors, passages: MultiVectors, listed: Sequence[NDArray[np.int64]]
+    queries: MultiVectors, passages: MultiVectors | CodedVectors, listed: Sequence[NDArray[np.int64]]
 ) -> list[NDArray[np.float32]]:
-    """MaxSim of each of N queries with the passages of its list of numbers, in the dtype of the passages' rows."""
+    """MaxSim of each of N queries with the passages of its list of numbers, in the dtype of the passages' rows, or in
+    float32 with their codes."""
     numbers = [np.stack([np.full(len(own), query), own], axis=1) for query, own in enumerate(listed)]
     pairs = torch.from_numpy(np.concatenate(numbers).astype(np.int32))
-    rows = queries.rows.to(passages.rows.dtype)
+    rows = queries.rows.to(passages.rows.dtype if isinstance(passages.rows, torch.Tensor) else torch.float32)
     scores = maxsim_pairs(rows, passages.rows, queries.offsets, passages.offsets, pairs).float().numpy()
     return np.split(scores, np.cumsum([len(own) for own in listed])[:-1])

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from m3kernels import SparseBatch
+from m3kernels import QuantizedRows, SparseBatch
 from m3model.embeddings import EncodedTexts, M3Embeddings, MultiVectors
+from m3model.retrieval.coded_vectors import CodedVectors, RowBits
 
 __all__ = ["PackedStrings", "Segment"]
 
@@ -61,20 +62,32 @@ class PackedStrings:
 
 @dataclass(frozen=True)
 class Segment:
-    """Documents of one segment: ids, JSON objects and embeddings."""
+    """Documents of one segment: ids, JSON objects and embeddings, whose multi-vectors may be kept as codes instead."""
 
     ids: PackedStrings
     documents: PackedStrings
     embeddings: EncodedTexts
+    codes: CodedVectors | None = None
 
     @classmethod
-    def of(cls, ids: Sequence[str], documents: Sequence[Mapping[str, Any]], embeddings: EncodedTexts) -> Segment:
+    def of(
+        cls,
+        ids: Sequence[str],
+        documents: Sequence[Mapping[str, Any]],
+        embeddings: EncodedTexts,
+        row_bits: RowBits | None = None,
+    ) -> Segment:
+        """A segment of these documents; row_bits: of an element of the multi-vectors, None keeps them as they are."""
         if embeddings.sparse is not None:
             sparse = embeddings.sparse.compact()
             sparse = SparseBatch(sparse.token_ids, sparse.weights.float(), sparse.offsets)
             embeddings = M3Embeddings(embeddings.dense, sparse, embeddings.multi_vector)
+        codes = None
+        if row_bits is not None and embeddings.multi_vector is not None:
+            codes = CodedVectors.of(embeddings.multi_vector, row_bits)
+            embeddings = M3Embeddings(embeddings.dense, embeddings.sparse)
         texts = [json.dumps(document, ensure_ascii=False) for document in documents]
-        return cls(PackedStrings.of(ids), PackedStrings.of(texts), embeddings)
+        return cls(PackedStrings.of(ids), PackedStrings.of(texts), embeddings, codes)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Segment]) -> Segment:
@@ -82,11 +95,29 @@ class Segment:
             PackedStrings.concatenate([part.ids for part in parts]),
             PackedStrings.concatenate([part.documents for part in parts]),
             M3Embeddings.concatenate([part.embeddings for part in parts]),
+            None if not (codes := [part.codes for part in parts if part.codes]) else CodedVectors.concatenate(codes),
         )
 
     def select(self, numbers: Sequence[int]) -> Segment:
         """A copy of the documents with these numbers."""
-        return Segment(self.ids.select(numbers), self.documents.select(numbers), self.embeddings.select(numbers))
+        codes = None if self.codes is None else self.codes.select(numbers)
+        return Segment(self.ids.select(numbers), self.documents.select(numbers), self.embeddings.select(numbers), codes)
+
+    @property
+    def multi_vector(self) -> MultiVectors | CodedVectors | None:
+        return self.embeddings.multi_vector if self.codes is None else self.codes
+
+    def only(self, parts: Sequence[str]) -> Segment:
+        """The same documents with these of dense, sparse and multi_vector, which it must hold.
+
+        Raises:
+            ValueError: it does not hold one.
+        """
+        held = {"dense": self.embeddings.dense, "sparse": self.embeddings.sparse, "multi_vector": self.multi_vector}
+        if absent := [part for part in parts if held.get(part) is None]:
+            raise ValueError(f"parts are {list(parts)}, but an index has no {', '.join(absent)}")
+        kept = {part: getattr(self.embeddings, part) for part in parts}
+        return Segment(self.ids, self.documents, M3Embeddings(**kept), self.codes if "multi_vector" in parts else None)
 
     def __len__(self) -> int:
         return len(self.ids.offsets) - 1
@@ -100,7 +131,7 @@ class Segment:
         return loaded
 
     def arrays(self) -> dict[str, Array]:
-        """All content by name; rows in bfloat16, which numpy does not know, as uint16."""
+        """All content by name; rows in bfloat16, which numpy does not know, as uint16; codes name their bits."""
         found: dict[str, Array] = {
             "ids": self.ids.data,
             "id_offsets": self.ids.offsets,
@@ -115,15 +146,20 @@ class Segment:
             found["token_weights"] = sparse.weights.numpy()
             found["token_offsets"] = sparse.offsets.numpy()
         if multi_vector is not None:
-            rows = multi_vector.rows
-            found["rows"] = (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
+            floats = multi_vector.rows
+            found["rows"] = (floats.view(torch.uint16) if floats.dtype == torch.bfloat16 else floats).numpy()
             found["row_offsets"] = multi_vector.offsets.numpy()
+        if self.codes is not None:
+            rows = self.codes.rows
+            found[f"row_codes_{rows.bits}"] = rows.codes.numpy()
+            found["row_scales"] = rows.scales.numpy()
+            found["row_offsets"] = self.codes.offsets.numpy()
         return found
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> Segment:
         """The inverse of `arrays`, without copying."""
-        sparse = multi_vector = None
+        sparse = multi_vector = codes = None
         if "token_ids" in arrays:
             names = ("token_ids", "token_weights", "token_offsets")
             sparse = SparseBatch(*(torch.from_numpy(arrays[name]) for name in names))
@@ -132,8 +168,13 @@ class Segment:
             if rows.dtype == torch.uint16:
                 rows = rows.view(torch.bfloat16)
             multi_vector = MultiVectors(rows, torch.from_numpy(arrays["row_offsets"]))
+        for bits in (8, 1):
+            if f"row_codes_{bits}" in arrays:
+                stored, scales = (torch.from_numpy(arrays[name]) for name in (f"row_codes_{bits}", "row_scales"))
+                codes = CodedVectors(QuantizedRows(stored, scales, bits), torch.from_numpy(arrays["row_offsets"]))
         return cls(
             PackedStrings(arrays["ids"], arrays["id_offsets"]),
             PackedStrings(arrays["documents"], arrays["document_offsets"]),
             M3Embeddings(arrays.get("dense"), sparse, multi_vector),
+            codes,
         )

@@ -51,7 +51,10 @@ _PARTS: tuple[set[str], ...] = (
     {"dense"},
     {"token_ids", "token_weights", "token_offsets", *_INVERTED_DTYPES},
     {"rows", "row_offsets"},
+    {"row_codes_8", "row_scales", "row_offsets"},
+    {"row_codes_1", "row_scales", "row_offsets"},
 )
+_MATRICES = ("dense", "rows", "row_codes_8", "row_codes_1")
 _DTYPES = {
     "ids": "|u1",
     "id_offsets": "<i8",
@@ -63,6 +66,9 @@ _DTYPES = {
     "token_offsets": "<i4",
     "rows": ("<f4", "<f2", "<u2"),
     "row_offsets": "<i4",
+    "row_codes_8": "|u1",
+    "row_codes_1": "|u1",
+    "row_scales": "<f4",
     _DELETED: "<i8",
     **_INVERTED_DTYPES,
 }
@@ -299,14 +305,14 @@ def _check_arrays(folder: Path, arrays: dict[str, NDArray[Any]], count: int) -> 
     """Names, dtypes and shapes; values of offsets are checked by the ops that read them."""
     names = {"ids", "id_offsets", "documents", "document_offsets"}
     for part in _PARTS:
-        if part & arrays.keys():
+        if (part - {"row_offsets", "row_scales"}) & arrays.keys():
             names |= part
     if arrays.keys() - {_DELETED} != names:
         raise ValueError(f"{folder} has the arrays {sorted(arrays)}; expected {sorted(names)}")
     for name, array in arrays.items():
         if array.dtype.str not in _DTYPES[name]:
             raise ValueError(f"{folder / name}.npy has dtype {array.dtype.str}; expected {_DTYPES[name]}")
-        if array.ndim != (2 if name in ("dense", "rows") else 1):
+        if array.ndim != (2 if name in _MATRICES else 1):
             raise ValueError(f"{folder / name}.npy has shape {array.shape}")
         wanted = {"dense": count}.get(name, count + 1 if name.endswith("_offsets") else None)
         if wanted is not None and len(array) != wanted:

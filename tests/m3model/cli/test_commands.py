@@ -226,6 +226,25 @@ def test_a_changed_document_is_replaced_and_an_index_without_multi_vectors_reran
     assert "the sea" in texts and "the river and the city" not in texts
 
 
+@pytest.mark.parametrize(("kept", "bits", "error"), [("int8", 8, 0.01), ("1bit", 1, 0.2)])
+def test_multi_vectors_can_be_kept_as_codes(
+    folder: Path, index: Path, documents: Path, tmp_path: Path, kept: str, bits: int, error: float
+) -> None:
+    small = tmp_path / "small"
+    command = ["index", "-m", folder, "-o", small, documents, "--json"]
+    (report,) = json_lines(m3(*command, "--row-dtype", kept))
+    assert ExactIndex.load(small).row_bits == bits and report["bytes"] < ExactIndex.load(index).nbytes
+    (exact,) = json_lines(m3("search", index, "the river", "--json"))
+    (found,) = json_lines(m3("search", small, "the river", "--json"))
+    score = {hit["id"]: hit["multi_vector"] for hit in exact["hits"]}
+    assert {hit["id"]: hit["multi_vector"] for hit in found["hits"]} == pytest.approx(score, abs=error)
+    assert json_lines(m3(*command, "--row-dtype", kept))[0]["added"] == 0
+    result = m3(*command)
+    assert result.exit_code == 2 and f"keeps multi-vectors as {kept}, not floats" in " ".join(
+        result.stderr.replace("│", " ").split()
+    )
+
+
 @pytest.mark.parametrize("late", [[], ["--late"]])
 def test_long_documents_are_cut_into_windows_and_found_as_documents(folder: Path, tmp_path: Path, late: list) -> None:
     long = " ".join(["the river and the city", "a bridge north", "compute the eigenvalue of a matrix"] * 3)
