@@ -29,8 +29,8 @@ WIDTH = 64
 SEVEN_BITS = 1 / 63
 """A step of the 7-bit query rows that quantized rows meet on a CPU, relative to their largest element."""
 
-TWELVE_BITS = 1 / 2047
-"""The same of the 12-bit activations that int8 layers meet on a CPU."""
+EIGHT_BITS = 2 / 255
+"""The same of the 8-bit activations that int8 layers meet on a CPU, whose span is up to twice their largest element."""
 
 
 class Check(NamedTuple):
@@ -112,7 +112,7 @@ def _cases(device: torch.device) -> list[_Case]:
         _Case("linear", lambda x, b, r, w: linear(x, w, b, activation="gelu", residual=r), [*layer, weight], terms),
         _Case("linear_packed", lambda x, b, r: linear(x, packed, b, activation="gelu", residual=r), layer, terms),
         _Case("linear_packed_int8", lambda x: linear(x.detach(), coded), layer[:1], 1,
-              lambda x: linear(x.detach(), coded.unpack()), TWELVE_BITS),
+              lambda x: linear(x.detach(), coded.unpack()), EIGHT_BITS),
         _Case("layer_norm", lambda x, w, b, r: layer_norm(x, w, b, r), [layer[0], *tables[2:4], layer[2]], terms),
         _Case("embed_tokens", lambda w, p, t, f, b: embed_tokens(ids, offsets, w, p, t, f, b), tables, WIDTH),
         _Case("sparse_pool", lambda w: pooled(sparse_pool(w.relu(), ids, offsets, (0, 1))), [normal(total)], 1),

@@ -166,7 +166,7 @@ class M3Model(nn.Module):
 
         They take a quarter or half of the memory and are constant from then on, so the model can no longer be trained;
         embeddings, LayerNorm and heads stay as they are. int8 has one scale for each output, and on a CPU multiplies
-        activations of 12 bits; a GPU unpacks the weights in every call. `save_pretrained` keeps the quantized weights.
+        activations of 8 bits; a GPU unpacks the weights in every call. `save_pretrained` keeps the quantized weights.
 
         Raises:
             ValueError: quantization is neither "int8" nor "bf16", the model is float64, or is quantized already.

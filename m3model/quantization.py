@@ -1,6 +1,6 @@
 """Linear layers of the encoder with int8 or bfloat16 weights: `QuantizedLinear`, put in place by `quantize_layers`.
 
-    int8   a quarter of the memory; one scale for each output, activations in 12 bits (m3kernels.linear)
+    int8   a quarter of the memory; one scale for each output, activations in 8 bits (m3kernels.linear)
     bf16   half of the memory; activations as they are, sums in float32
 
 In a state dict an int8 weight is its codes, int8 [N, K, 1], and `weight_scale`, float32 [N]; the third axis makes

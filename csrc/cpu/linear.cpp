@@ -91,11 +91,11 @@ void multiply_floats(const LinearCall<T>& call, const W* panels) {
 
 template <class T>
 void multiply_bytes(const LinearCall<T>& call, const int8_t* panels, const float* column_scales) {
-  STD_TORCH_CHECK(call.depth <= kMostByteDepth, "linear: int8 weights may have at most 8192 inputs");
+  STD_TORCH_CHECK(call.depth <= kMostByteDepth, "linear: int8 weights may have at most 131072 inputs");
   const auto& kernels = linear_kernels().of(T{});
   const int64_t steps = (call.depth + kStepBytes - 1) / kStepBytes;
-  const AlignedBuffer<int16_t> codes(call.rows * steps * kStepBytes);
-  const AlignedBuffer<float> scales(call.rows);
+  const AlignedBuffer<uint8_t> codes(call.rows * steps * kStepBytes);
+  const AlignedBuffer<RowScale> scales(call.rows);
   torch::stable::parallel_for(0, call.rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       scales.data()[row] =

@@ -33,10 +33,12 @@ constexpr int64_t kMostBlockColumns = 1024;
 constexpr int64_t kDepthBlock = 512;
 constexpr int64_t kMostTileRows = 12;
 
-// Activations of int8 layers have 12 bits: machines multiply 16-bit pairs as fast as they avoid the overflow of 8-bit
-// ones, and the sum of kMostByteDepth products with 8-bit weights stays below 2^31.
-constexpr float kMostActivationCode = 2047;
-constexpr int64_t kMostByteDepth = 8192;
+// Activations of int8 layers are bytes. The weights' codes are chosen so that the two products of a pair stay within 16 bits
+// (m3kernels/linear/packed.py), and the sum of kMostByteDepth products below 2^31.
+constexpr float kMostActivationCode = 255;
+constexpr int64_t kMostByteDepth = 131072;
+// Bytes of activations that wait in the second-level cache while the panels of a block pass by.
+constexpr int64_t kWaitingCodes = 196608;
 
 template <class T>
 struct LinearCall {
@@ -48,10 +50,16 @@ struct LinearCall {
   T* out;             // [T, N]
 };
 
-// Of int8 layers: the activations' codes [T, K filled up] and scales [T] (quantize_rows), the weights' scales [N filled up].
+// x ≈ scale · (code - zero).
+struct RowScale {
+  float scale;
+  int32_t zero;
+};
+
+// Of int8 layers: the activations' codes [T, K filled up] and scales [T] (quantize_row), the weights' scales [N filled up].
 struct ByteFactors {
-  const int16_t* codes;
-  const float* row_scales;
+  const uint8_t* codes;
+  const RowScale* rows;
   const float* column_scales;
   int64_t steps;  // of kStepBytes
 };
@@ -70,10 +78,11 @@ template <class T, class W>
 using FloatBlock = void(const LinearCall<T>&, const W* panels, LinearBlock, float* scratch);
 template <class T>
 using ByteBlock = void(const LinearCall<T>&, const ByteFactors&, const int8_t* panels, LinearBlock, float* scratch);
-// Codes [depth filled up] and scale of one row: round(x / scale), scale = max |x| / kMostActivationCode; the scale of a row
+// Codes [depth filled up] and scale of one row, 0 among what is covered: low = min(0, x), high = max(0, x),
+// scale = (high - low) / kMostActivationCode, zero = round(-low / scale), code = round(x / scale + zero). The scale of a row
 // with an infinity or NaN is NaN.
 template <class T>
-using QuantizeRow = float(const T* row, int64_t depth, int16_t* codes);
+using QuantizeRow = RowScale(const T* row, int64_t depth, uint8_t* codes);
 // out = (x - mean) / sqrt(variance + eps) · weight + bias over a row.
 template <class T>
 using NormalizeRow = void(const T* x, const T* residual, const T* weight, const T* bias, int64_t width, float eps, T* out);

@@ -9,8 +9,8 @@
 //
 // 2·K·N FLOPs a row; each block reads its panels once, 192 rows share them.
 //
-// int8: products of 16-bit pairs, summed exactly in 32 bits; neighbouring sums belong to one column and meet at the end.
-// The result is the same for any cut into blocks.
+// int8: four bytes of a row at a time with four weights of each column (dot_bytes), summed exactly in 32 bits, the whole
+// depth in one go. The result is the same for any cut into blocks.
 #pragma once
 
 #include "linear_norm.h"
@@ -74,13 +74,13 @@ template <class T, int R, int V>
   }
 }
 
-// Calls body(integral_constant R, first row of the tile, its rows): R = kTileRows, or fewer where a short end allows it.
-template <class Body>
+// Calls body(integral_constant R, first row of the tile, its rows): R = kHeight, or fewer where a short end allows it.
+template <int kHeight, class Body>
 [[gnu::always_inline]] inline void visit_row_tiles(int64_t rows, const Body& body) {
-  constexpr int kHalf = kTileRows / 2;
+  constexpr int kHalf = kHeight / 2;
   int64_t first = 0;
-  for (; rows - first > kHalf; first += kTileRows) {
-    body(std::integral_constant<int, kTileRows>{}, first, std::min<int64_t>(kTileRows, rows - first));
+  for (; rows - first > kHalf; first += kHeight) {
+    body(std::integral_constant<int, kHeight>{}, first, std::min<int64_t>(kHeight, rows - first));
   }
   if (first < rows) body(std::integral_constant<int, kHalf>{}, first, rows - first);
 }
@@ -174,7 +174,7 @@ void float_block(const LinearCall<T>& call, const W* panels, LinearBlock block, 
     for (int64_t column = 0; column < width; column += kTileColumns) {
       if (block.first_column + column >= call.columns) break;
       const PanelView view = view_panels(panels, call.depth, block.first_column + column, begin, steps, wide);
-      visit_row_tiles(rows, [&](auto height, int64_t row, int64_t count) {
+      visit_row_tiles<kTileRows>(rows, [&](auto height, int64_t row, int64_t count) {
         constexpr int R = height;
         float* const sums = waiting + column * padded_rows + row * kTileColumns;
         Floats acc[R][2];
@@ -194,34 +194,41 @@ void float_block(const LinearCall<T>& call, const W* panels, LinearBlock block, 
   }
 }
 
-// to[step][kTileRows][4] codes of `count` rows; the rest is 0.
-inline void pack_codes(const int16_t* from, int64_t steps, int64_t count, int16_t* to) {
-  for (int64_t r = 0; r < kTileRows; ++r) {
+// to[step][kByteTileRows][4] codes of `count` rows; the rest is 0.
+inline void pack_codes(const uint8_t* from, int64_t steps, int64_t count, uint8_t* to) {
+  for (int64_t r = 0; r < kByteTileRows; ++r) {
     for (int64_t step = 0; step < steps; ++step) {
-      int16_t* const group = to + (step * kTileRows + r) * kStepBytes;
+      uint8_t* const group = to + (step * kByteTileRows + r) * kStepBytes;
       if (r < count) {
-        std::memcpy(group, from + (r * steps + step) * kStepBytes, sizeof(int16_t) * kStepBytes);
+        std::memcpy(group, from + (r * steps + step) * kStepBytes, kStepBytes);
       } else {
-        std::memset(group, 0, sizeof(int16_t) * kStepBytes);
+        std::memset(group, 0, kStepBytes);
       }
     }
   }
 }
 
-// sums[r][2][kLanes] of R rows; in a function of its own, so that nothing but the sums competes for registers.
+// sums[r][2][kLanes] of R rows with the two vectors of columns; in a function of its own, so that nothing but the sums
+// competes for registers.
 template <int R>
-[[gnu::noinline]] void multiply_codes(const int8_t* weights, const int16_t* codes, int64_t steps, int32_t* sums) {
+[[gnu::noinline]] void multiply_codes(
+    const int8_t* first, const int8_t* second, const uint8_t* codes, int64_t steps, int32_t* sums) {
   Ints low[R], high[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) low[r] = high[r] = splat(int32_t{0});
   for (int64_t step = 0; step < steps; ++step) {
-    const Ints weights_0 = load_widened(weights), weights_1 = load_widened(weights + 2 * kLanes);
-    weights += kPanelColumns * kStepBytes;
+    const Ints weights_0 = load_bytes(first), weights_1 = load_bytes(second);
+    first += kPanelColumns * kStepBytes;
+    second += kPanelColumns * kStepBytes;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      add_group_products(low[r], high[r], weights_0, weights_1, splat_group(codes + r * kStepBytes));
+      int32_t group;
+      std::memcpy(&group, codes + r * kStepBytes, sizeof group);
+      const Ints bytes = splat(group);
+      low[r] = dot_bytes(low[r], bytes, weights_0);
+      high[r] = dot_bytes(high[r], bytes, weights_1);
     }
-    codes += kTileRows * kStepBytes;
+    codes += kByteTileRows * kStepBytes;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -230,83 +237,107 @@ template <int R>
   }
 }
 
-// A tile has kLanes columns: two vectors of sums, in which the two halves of a step's sum lie side by side.
+// totals[2][kLanes] of the weights of the columns, with which the rows' zeros are taken off.
+inline void add_up_weights(const int8_t* first, const int8_t* second, int64_t steps, Ints (&totals)[2]) {
+  const Ints ones = splat(int32_t{0x01010101});
+  totals[0] = totals[1] = splat(int32_t{0});
+  for (int64_t step = 0; step < steps; ++step) {
+    totals[0] = dot_bytes(totals[0], ones, load_bytes(first + step * kPanelColumns * kStepBytes));
+    totals[1] = dot_bytes(totals[1], ones, load_bytes(second + step * kPanelColumns * kStepBytes));
+  }
+}
+
+// Σ scale_x (code_x - zero) scale · code = scale_x · scale · (Σ code_x · code - zero · Σ code), the bracket exact.
 template <class T>
 void byte_block(
     const LinearCall<T>& call, const ByteFactors& factors, const int8_t* panels, LinearBlock block, float* scratch) {
-  const int64_t steps = factors.steps;
-  int16_t* const packed = reinterpret_cast<int16_t*>(scratch);
-  // As many rows at a time as the scratch memory holds codes of.
-  const int64_t most_rows = std::min<int64_t>(
-      kBlockRows, (kBlockRows * kDepthBlock * 2) / (steps * kStepBytes) / kTileRows * kTileRows + kTileRows);
+  const int64_t steps = factors.steps, row_bytes = steps * kStepBytes;
+  uint8_t* const packed = reinterpret_cast<uint8_t*>(scratch);
+  const int64_t most_rows =
+      std::clamp<int64_t>(kWaitingCodes / row_bytes / kByteTileRows * kByteTileRows, kByteTileRows, kBlockRows);
+  const auto panel_of = [&](int64_t column) {
+    return panels + (column / kPanelColumns * steps * kPanelColumns + column % kPanelColumns) * kStepBytes;
+  };
   for (int64_t from = block.first_row; from < block.last_row; from += most_rows) {
     const int64_t rows = std::min(most_rows, block.last_row - from);
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      const int16_t* codes = factors.codes + (from + row) * steps * kStepBytes;
-      pack_codes(codes, steps, rows - row, packed + row * steps * kStepBytes);
+    for (int64_t row = 0; row < rows; row += kByteTileRows) {
+      pack_codes(factors.codes + (from + row) * row_bytes, steps, rows - row, packed + row * row_bytes);
     }
     const int64_t end = std::min(block.last_column, call.columns);
-    for (int64_t column = block.first_column; column < end; column += kLanes) {
-      const int8_t* const panel =
-          panels + (column / kPanelColumns * steps * kPanelColumns + column % kPanelColumns) * kStepBytes;
-      visit_row_tiles(rows, [&](auto height, int64_t row, int64_t count) {
+    for (int64_t column = block.first_column; column < end; column += kTileColumns) {
+      const int8_t *const first = panel_of(column), *const second = panel_of(column + kLanes);
+      Ints totals[2];
+      add_up_weights(first, second, steps, totals);
+      const Floats scale_0 = load(factors.column_scales + column), scale_1 = load(factors.column_scales + column + kLanes);
+      visit_row_tiles<kByteTileRows>(rows, [&](auto height, int64_t row, int64_t count) {
         constexpr int R = height;
         alignas(64) int32_t sums[2 * R * kLanes];
-        multiply_codes<R>(panel, packed + row * steps * kStepBytes, steps, sums);
-        const Floats column_scale = load(factors.column_scales + column);
-        Floats acc[R][1];
+        multiply_codes<R>(first, second, packed + row * row_bytes, steps, sums);
+        Floats acc[R][2];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          const Floats row_scale = splat(r < count ? factors.row_scales[from + row + r] : 0.f);
-          const Ints exact = pair_sums(load(sums + 2 * r * kLanes), load(sums + (2 * r + 1) * kLanes));
-          acc[r][0] = multiply(to_floats(exact), multiply(column_scale, row_scale));
+          const RowScale of_row = r < count ? factors.rows[from + row + r] : RowScale{0.f, 0};
+          const Floats row_scale = splat(of_row.scale);
+          const Ints less = splat(-of_row.zero);
+          const Ints exact_0 = add(load(sums + 2 * r * kLanes), multiply(less, totals[0]));
+          const Ints exact_1 = add(load(sums + (2 * r + 1) * kLanes), multiply(less, totals[1]));
+          acc[r][0] = multiply(to_floats(exact_0), multiply(scale_0, row_scale));
+          acc[r][1] = multiply(to_floats(exact_1), multiply(scale_1, row_scale));
         }
-        finish_tile<T, R, 1>(call, from + row, column, count, acc);
+        finish_tile<T, R, 2>(call, from + row, column, count, acc);
       });
     }
   }
 }
 
 template <class T>
-float quantize_row(const T* row, int64_t depth, int16_t* codes) {
-  float largest = 0.f;
+RowScale quantize_row(const T* row, int64_t depth, uint8_t* codes) {
+  float high = 0.f, low = 0.f, zero_if_finite = 0.f;
   int64_t e = 0;
-  Floats most = splat(0.f);
+  Floats highest = splat(0.f), lowest = splat(0.f);  // `lowest` with its sign turned
   // `larger` gives its second operand where one is not a number; 0·x tells whether one was, or an infinity.
   Floats odd = splat(0.f);
   for (; e + kLanes <= depth; e += kLanes) {
     const Floats x = load(row + e);
-    most = larger(magnitude(x), most);
+    highest = larger(x, highest);
+    lowest = larger(subtract(splat(0.f), x), lowest);
     odd = multiply_add(x, splat(0.f), odd);
   }
-  alignas(64) float lanes[2][kLanes];
-  store(lanes[0], most);
-  store(lanes[1], odd);
-  float zero = 0.f;
+  alignas(64) float lanes[3][kLanes];
+  store(lanes[0], highest);
+  store(lanes[1], lowest);
+  store(lanes[2], odd);
   for (int lane = 0; lane < kLanes; ++lane) {
-    largest = std::max(largest, lanes[0][lane]);
-    zero += lanes[1][lane];
+    high = std::max(high, lanes[0][lane]);
+    low = std::max(low, lanes[1][lane]);
+    zero_if_finite += lanes[2][lane];
   }
   for (; e < depth; ++e) {
-    largest = std::max(largest, std::abs(widen(row[e])));
-    zero += widen(row[e]) * 0.f;
+    high = std::max(high, widen(row[e]));
+    low = std::max(low, -widen(row[e]));
+    zero_if_finite += widen(row[e]) * 0.f;
   }
   const int64_t filled = (depth + kStepBytes - 1) / kStepBytes * kStepBytes;
-  if (zero != 0.f || !(largest > 0.f)) {
-    std::fill_n(codes, filled, int16_t{0});
-    return zero != 0.f ? std::numeric_limits<float>::quiet_NaN() : 0.f;
+  const float range = high + low;
+  if (zero_if_finite != 0.f || !(range > 0.f)) {
+    std::fill_n(codes, filled, uint8_t{0});
+    return {zero_if_finite != 0.f ? std::numeric_limits<float>::quiet_NaN() : 0.f, 0};
   }
-  const float inverse = kMostActivationCode / largest;
-  // Adding this leaves round(x) in the low bits.
-  constexpr float kRounder = 0x1.8p23f;
-  for (e = 0; e < depth; ++e) {
-    const float rounded = widen(row[e]) * inverse + kRounder;
-    int32_t bits;
-    std::memcpy(&bits, &rounded, sizeof bits);
-    codes[e] = static_cast<int16_t>(bits - 0x4b400000);
+  const float inverse = kMostActivationCode / range;
+  const float zero = std::nearbyint(low * inverse);
+  // Adding this leaves the rounded number in the low bits.
+  const float rounder = 0x1.8p23f;
+  const Floats most = splat(kMostActivationCode);
+  for (e = 0; e + kLanes <= depth; e += kLanes) {
+    const Floats place = larger(multiply_add(load(row + e), splat(inverse), splat(zero)), splat(0.f));
+    store_low_bytes(codes + e, add(select(beats(place, most), most, place), splat(rounder)));
   }
-  std::fill(codes + depth, codes + filled, int16_t{0});
-  return largest / kMostActivationCode;
+  for (; e < depth; ++e) {
+    const float place = std::min(std::max(widen(row[e]) * inverse + zero, 0.f), kMostActivationCode);
+    codes[e] = static_cast<uint8_t>(std::nearbyint(place));
+  }
+  std::fill(codes + depth, codes + filled, static_cast<uint8_t>(zero));
+  return {range / kMostActivationCode, static_cast<int32_t>(zero)};
 }
 
 template <class T>

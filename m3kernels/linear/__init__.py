@@ -30,7 +30,7 @@ def linear(
     Args:
         x: rows [T, K]; float32, bfloat16, float16 (float64 through the reference).
         weight: [N, K] in the same dtype, or a PackedLinear of those sizes in any of its dtypes. With int8 weights the
-            CPU rounds each row of x to 12 bits of its largest element; a GPU multiplies x as it is.
+            CPU rounds each row of x to 8 bits of the span of its elements; a GPU multiplies x as it is.
         bias: [N] in the dtype of x.
         activation: None or "gelu".
         residual: [T, N] in the dtype of x.

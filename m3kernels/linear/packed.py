@@ -3,9 +3,11 @@
     panels of 16 output columns, N filled up with zeros to whole pairs of them
     float32, bfloat16, float16   [N / 16, K, 16]
     int8                         [N / 16, K / 4, 16, 4], K filled up to a multiple of 4, and scales [N]:
-                                 weight[n] ≈ scales[n] · codes[n], codes -127 ... 127, scales[n] = max |weight[n]| / 127
+                                 weight[n] ≈ scales[n] · codes[n]
 
-int8 layers multiply with activations of 12 bits, quantized row by row while they are read (m3kernels.linear.reference).
+int8 layers multiply with activations of 8 bits, 0 ... 255, quantized row by row while they are read
+(m3kernels.linear.reference). AVX2 adds two products in 16 bits, saturating: so scales[n] is 1/127 of the largest sum of
+like-signed weights 2k and 2k + 1, which makes codes -127 ... 127 and no such sum of codes above 128: 255 · 128 < 2^15.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from m3kernels._checks import check_tensor
 PANEL_COLUMNS = 16
 STEP_BYTES = 4
 MOST_CODE = 127
-MOST_BYTE_DEPTH = 8192
-"""Inputs of an int8 layer, so that sums of products with 12-bit activations stay below 2^31."""
+MOST_PAIR = 128
+MOST_BYTE_DEPTH = 131072
+"""Inputs of an int8 layer, so that sums of products with 8-bit activations stay below 2^31."""
 FLOAT_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,7 +61,7 @@ def pack_linear(weight: Tensor, dtype: torch.dtype | None = None) -> PackedLinea
 
     Raises:
         TypeError: weight is no such tensor.
-        ValueError: weight is empty or no matrix, dtype is another, or an int8 layer has more than 8192 inputs.
+        ValueError: weight is empty or no matrix, dtype is another, or an int8 layer has more than 131072 inputs.
     """
     check_tensor("weight", weight, dims=2, dtypes=FLOAT_STORAGE)
     dtype = weight.dtype if dtype is None else dtype
@@ -76,20 +79,32 @@ def pack_linear(weight: Tensor, dtype: torch.dtype | None = None) -> PackedLinea
         return PackedLinear(panels, None, columns, depth)
     if depth > MOST_BYTE_DEPTH:
         raise ValueError(f"weight has {depth} inputs; accepted for int8: at most {MOST_BYTE_DEPTH}")
-    scales = values.float().abs().amax(dim=1) / MOST_CODE
+    scales = _pair_sums(values.float()).amax(dim=1) / MOST_CODE
     codes = (values.float() / torch.where(scales > 0, scales, 1.0)[:, None]).round()
     return pack_codes(codes.to(torch.int8), scales)
 
 
 def pack_codes(codes: Tensor, scales: Tensor) -> PackedLinear:
-    """Int8 panels of codes int8 [N, K] with scales float32 [N], both as `pack_linear` makes them."""
+    """Int8 panels of codes int8 [N, K] with scales float32 [N], both as `pack_linear` makes them.
+
+    Raises:
+        ValueError: like-signed neighbours add up to more than 128.
+    """
     columns, depth = codes.shape
+    if not codes.is_meta and int(_pair_sums(codes.short()).max()) > MOST_PAIR:
+        raise ValueError(f"codes of like-signed weights 2k and 2k + 1 add up to more than {MOST_PAIR}")
     filled = -(-columns // (2 * PANEL_COLUMNS)) * 2 * PANEL_COLUMNS
     steps = -(-depth // STEP_BYTES)
     rows = codes.new_zeros((filled, steps * STEP_BYTES))
     rows[:columns, :depth] = codes
     panels = rows.view(filled // PANEL_COLUMNS, PANEL_COLUMNS, steps, STEP_BYTES).transpose(1, 2).contiguous()
     return PackedLinear(panels, scales, columns, depth)
+
+
+def _pair_sums(values: Tensor) -> Tensor:
+    """Of weights 2k and 2k + 1, the larger one of the sums of the positive and of the negative ones, [N, ⌈K/2⌉]."""
+    pairs = torch.nn.functional.pad(values, (0, values.shape[1] % 2)).unflatten(1, (-1, 2))
+    return torch.maximum(pairs.clamp(min=0).sum(2), -pairs.clamp(max=0).sum(2))
 
 
 def check_packed(name: str, packed: PackedLinear, device: torch.device) -> None:

@@ -1,8 +1,9 @@
 """Plain PyTorch meaning of the linear layers, LayerNorm and embeddings, in any float dtype, differentiable.
 
     linear        gelu(x weightᵀ + bias) + residual, the GELU exact: u Φ(u)     (Hendrycks and Gimpel, arXiv 1606.08415)
-    of int8       u[t, n] = row_scale[t] · scale[n] · Σ_k code_x[t, k] · code[n, k] + bias[n];
-                  row_scale[t] = max |x[t]| / 2047, code_x = round(x / row_scale)
+    of int8       u[t, n] = row_scale[t] · scale[n] · Σ_k (code_x[t, k] - zero[t]) · code[n, k] + bias[n];
+                  row_scale[t] = (high - low) / 255 with high = max(0, x[t]), low = min(0, x[t]),
+                  zero[t] = round(-low / row_scale), code_x = round(x / row_scale + zero), 0 ... 255
     layer_norm    (s - mean) / sqrt(variance + eps) · weight + bias,  s = x + residual     (Ba et al., arXiv 1607.06450)
     embed_tokens  layer_norm(words[id] + positions[first_position + index within the sequence] + type_row)
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from m3kernels.linear.packed import PackedLinear
 from m3kernels.packing import sequence_of_row
 
-MOST_ACTIVATION_CODE = 2047.0
+MOST_ACTIVATION_CODE = 255.0
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -41,13 +42,16 @@ def linear_packed(x: Tensor, weight: PackedLinear, bias: Tensor | None, gelu: bo
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """12-bit codes of rows x [T, K], as floats, and float32 scales [T]; NaN for a row that holds NaN or infinities."""
+    """8-bit codes of rows x [T, K] less the row's zero, as floats, and float32 scales [T]: NaN for a row that holds a
+    NaN or an infinity."""
     values = x.float()
-    largest = values.abs().amax(dim=1)
-    inverse = MOST_ACTIVATION_CODE / torch.where(largest > 0, largest, 1.0)
-    codes = (values * inverse[:, None]).round()
-    odd = ~torch.isfinite(largest)
-    scales = torch.where(odd, torch.nan, largest / MOST_ACTIVATION_CODE)
+    low = -values.amin(dim=1).clamp(max=0)
+    span = values.amax(dim=1).clamp(min=0) + low
+    inverse = MOST_ACTIVATION_CODE / torch.where(span > 0, span, 1.0)
+    zeros = (low * inverse).round()[:, None]
+    codes = (values * inverse[:, None] + zeros).clamp(0, MOST_ACTIVATION_CODE).round() - zeros
+    odd = ~torch.isfinite(values).all(dim=1)
+    scales = torch.where(odd, torch.nan, span / MOST_ACTIVATION_CODE)
     return torch.where(odd[:, None], 0.0, codes), scales
 
 

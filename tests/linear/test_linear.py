@@ -62,6 +62,11 @@ def arguments(rows: int, depth: int, columns: int, dtype: torch.dtype = torch.fl
     }
 
 
+def spread(x: Tensor) -> float:
+    """At least the span of values that the 8-bit codes of each row cover."""
+    return float(x.max().clamp(min=0) - x.min().clamp(max=0))
+
+
 SIZES = [(1, 1, 1), (3, 5, 7), (32, 16, 33), (193, 100, 31), (64, 513, 48), (7, 1100, 130), (400, 64, 1200)]
 
 
@@ -79,7 +84,7 @@ def test_packed_linear_equals_the_reference(storage: torch.dtype, size: tuple[in
     tolerance = product_tolerance(size[1], torch.float32)
     if storage == torch.int8:
         # A code whose exact value lies halfway between two may fall either way: one step of one row and weight.
-        tolerance += float(a["x"].abs().max()) / 2047 * float(a["weight"].abs().max())
+        tolerance += spread(a["x"]) / 255 * float(a["weight"].abs().max())
     torch.testing.assert_close(out, expected.float(), atol=tolerance, rtol=tolerance)
 
 
@@ -128,7 +133,7 @@ def test_linear_on_random_sizes(
         expected = reference.linear(a["x"], weight, bias, gelu, residual)
     step = 0.0
     if storage == torch.int8 and rows:
-        step = float(a["x"].abs().max()) / 2047 * float(a["weight"].abs().max())
+        step = spread(a["x"]) / 255 * float(a["weight"].abs().max())
     tolerance = product_tolerance(depth, dtype) + step
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
 
@@ -180,9 +185,15 @@ def test_int8_of_a_zero_row_and_a_zero_weight_row_is_the_bias() -> None:
 
 
 def test_int8_survives_the_largest_codes_at_the_greatest_depth() -> None:
-    depth = 8192
-    out = linear(torch.ones(2, depth), pack_linear(-torch.ones(3, depth), torch.int8))
-    torch.testing.assert_close(out, torch.full((2, 3), -float(depth)))
+    depth = 131072
+    weight = torch.tensor([1.0, 0.0]).repeat(depth // 2)  # a pair's whole range in one code
+    packed = pack_linear(-weight.expand(3, -1), torch.int8)
+    x = torch.stack([torch.ones(depth), -torch.ones(depth)])
+    expected = torch.tensor([[-1.0], [1.0]]).expand(2, 3) * depth / 2
+    torch.testing.assert_close(linear(x, packed), expected)
+    alternating = torch.tensor([1.0, -1.0]).repeat(depth // 2)
+    both = pack_linear(alternating.expand(3, -1), torch.int8)
+    torch.testing.assert_close(linear(torch.stack([alternating, -alternating]), both), -2 * expected)
 
 
 @pytest.mark.parametrize("storage", STORAGE)

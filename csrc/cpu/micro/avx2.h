@@ -44,6 +44,12 @@ inline Ints load_bytes(const int8_t* from) { return _mm256_loadu_si256(reinterpr
 inline void store(float* to, Floats x) { _mm256_storeu_ps(to, x); }
 inline void store(int32_t* to, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); }
 
+// The lowest byte of each lane.
+inline void store_low_bytes(uint8_t* to, Floats x) {
+  const __m256i bytes = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(255));
+  const __m128i pairs = _mm_packus_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(pairs, pairs));
+}
 inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
@@ -80,35 +86,10 @@ Ints shift_right(Ints x) {
 inline Mask equal(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
 inline Mask at_most_unsigned(Ints x, Ints limit) { return equal(_mm256_min_epu32(x, limit), x); }
 
-// acc + Σ over the 4 bytes of each lane of (unsigned) bytes · (signed) factors, |factors| <= 64: a pair's sum is at most
-// 2 · 255 · 64 = 32640, so the 16-bit step in between never saturates.
+// acc + Σ over the 4 bytes of each lane of (unsigned) bytes · (signed) factors. Of neighbouring factors, even and odd, the
+// sum of those of one sign is at most 128: a pair's sum of at most 255 · 128 = 32640 passes 16 bits and never saturates.
 inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, factors), _mm256_set1_epi16(1)));
-}
-
-// 2 · kLanes bytes as 16-bit numbers; 4 of them, 8 bytes, in every 64 bits.
-inline Ints load_widened(const int8_t* from) {
-  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
-inline Ints splat_group(const int16_t* from) {
-  return _mm256_castpd_si256(_mm256_broadcast_sd(reinterpret_cast<const double*>(from)));
-}
-// low += a · group, high += b · group: products of 16-bit numbers, neighbouring ones summed. Written out, because a tile of
-// 12 sums leaves 4 registers, and the compiler, which would make groups early, moves sums to memory for them.
-inline void add_group_products(Ints& low, Ints& high, Ints a, Ints b, Ints group) {
-  Ints low_sum = low, high_sum = high, product;
-  asm("vpmaddwd %[group], %[a], %[product]\n\t"
-      "vpmaddwd %[group], %[b], %[group]\n\t"
-      "vpaddd %[product], %[low], %[low]\n\t"
-      "vpaddd %[group], %[high], %[high]"
-      : [low] "+x"(low_sum), [high] "+x"(high_sum), [group] "+x"(group), [product] "=&x"(product)
-      : [a] "x"(a), [b] "x"(b));
-  low = low_sum;
-  high = high_sum;
-}
-// Sums of neighbouring lanes, those of `low` first.
-inline Ints pair_sums(Ints low, Ints high) {
-  return _mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0b11011000);
 }
 
 }  // namespace m3::avx2

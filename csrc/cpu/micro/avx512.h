@@ -47,6 +47,10 @@ inline Ints load_bytes(const int8_t* from) { return _mm512_loadu_si512(from); }
 inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 inline void store(int32_t* to, Ints x) { _mm512_storeu_si512(to, x); }
 
+// The lowest byte of each lane.
+inline void store_low_bytes(uint8_t* to, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_castps_si512(x)));
+}
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
@@ -79,38 +83,14 @@ Ints shift_right(Ints x) {
 inline Mask equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
 inline Mask at_most_unsigned(Ints x, Ints limit) { return _mm512_cmple_epu32_mask(x, limit); }
 
-// acc + Σ over the 4 bytes of each lane of (unsigned) bytes · (signed) factors, |factors| <= 64: without VNNI a pair's sum
-// of at most 2 · 255 · 64 = 32640 passes through 16 bits and never saturates.
+// acc + Σ over the 4 bytes of each lane of (unsigned) bytes · (signed) factors. Of neighbouring factors, even and odd, the
+// sum of those of one sign is at most 128: without VNNI a pair's sum of at most 255 · 128 = 32640 passes 16 bits.
 inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {
 #ifdef M3_VNNI
   return _mm512_dpbusd_epi32(acc, bytes, factors);
 #else
   return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(bytes, factors), _mm512_set1_epi16(1)));
 #endif
-}
-
-// 2 · kLanes bytes as 16-bit numbers; 4 of them, 8 bytes, in every 64 bits.
-inline Ints load_widened(const int8_t* from) {
-  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-inline Ints splat_group(const int16_t* from) {
-  return _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-}
-// low += a · group, high += b · group: products of 16-bit numbers, neighbouring ones summed.
-inline void add_group_products(Ints& low, Ints& high, Ints a, Ints b, Ints group) {
-#ifdef M3_VNNI
-  low = _mm512_dpwssd_epi32(low, a, group);
-  high = _mm512_dpwssd_epi32(high, b, group);
-#else
-  low = _mm512_add_epi32(low, _mm512_madd_epi16(a, group));
-  high = _mm512_add_epi32(high, _mm512_madd_epi16(b, group));
-#endif
-}
-// Sums of neighbouring lanes, those of `low` first.
-inline Ints pair_sums(Ints low, Ints high) {
-  const Ints even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const Ints odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  return _mm512_add_epi32(_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high));
 }
 
 }  // namespace m3::M3_ISA

@@ -51,6 +51,13 @@ inline Ints load_bytes(const int8_t* from) {
 inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 inline void store(int32_t* to, Ints x) { std::memcpy(to, &x, sizeof x); }
 
+// The lowest byte of each lane.
+inline void store_low_bytes(uint8_t* to, Floats x) {
+  uint32_t lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof lanes);
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<uint8_t>(lanes[lane]);
+}
+
 inline Floats multiply(Floats a, Floats b) { return a * b; }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
@@ -89,30 +96,6 @@ inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {
     acc += ((bytes >> (8 * byte)) & 0xff) * ((factors << (24 - 8 * byte)) >> 24);
   }
   return acc;
-}
-
-// 2 · kLanes bytes as 16-bit numbers; 4 of them, 8 bytes, in every 64 bits.
-inline Ints load_widened(const int8_t* from) {
-  int16_t wide[8];
-  for (int i = 0; i < 8; ++i) wide[i] = from[i];
-  Ints x;
-  std::memcpy(&x, wide, sizeof x);
-  return x;
-}
-inline Ints splat_group(const int16_t* from) {
-  int32_t halves[2];
-  std::memcpy(halves, from, sizeof halves);
-  return Ints{halves[0], halves[1], halves[0], halves[1]};
-}
-// low += a · group, high += b · group: products of 16-bit numbers, neighbouring ones summed.
-inline void add_group_products(Ints& low, Ints& high, Ints a, Ints b, Ints group) {
-  const Ints even = (group << 16) >> 16, odd = group >> 16;
-  low += ((a << 16) >> 16) * even + (a >> 16) * odd;
-  high += ((b << 16) >> 16) * even + (b >> 16) * odd;
-}
-// Sums of neighbouring lanes, those of `low` first.
-inline Ints pair_sums(Ints low, Ints high) {
-  return Ints{low[0] + low[1], low[2] + low[3], high[0] + high[1], high[2] + high[3]};
 }
 
 }  // namespace m3::portable
