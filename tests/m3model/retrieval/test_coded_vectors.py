@@ -109,9 +109,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="width 12; accepted: multiples of 8"):
         ExactIndex(row_bits=8).add(["a"], random_texts(1, 1, width=12))
     index = coded(8)
-    with pytest.raises(
-        ValueError, match=r"multi_vector of width 32 .*the index has.*of width 64 \(8 bits"
-    ):
+    with pytest.raises(ValueError, match=r"multi_vector of width 32 .*the index has.*of width 64 \(8 bits"):
         index.add(["a"], random_texts(1, 1, width=32))
     index.row_bits = None
     with pytest.raises(ValueError, match=r"float32\); the index has .*\(8 bits\)"):
