@@ -28,7 +28,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import autotuner, driver
 from triton.runtime.jit import JITFunction
 
@@ -36,31 +35,10 @@ from m3kernels import _tiles
 from m3kernels.attention import triton_kernels as attention
 from m3kernels.compiled_facts import CompiledFacts, triton_facts
 from m3kernels.maxsim import triton_kernels as maxsim
+from tests.triton.named_device import MULTIPROCESSORS, SHARED_BYTES, NamedDevice
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 90)
-
-
-class NamedDevice:
-    """What Triton and the peers ask a driver before they launch."""
-
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-        self.utils = self
-
-    def get_current_device(self) -> int:
-        """Compiled kernels are kept by device: one number for each architecture."""
-        return self.architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        shared = {80: 163, 90: 227}[self.architecture] << 10
-        return {"max_shared_mem": shared, "multiprocessor_count": 132 if self.architecture == 90 else 108}
 
 
 @dataclass(frozen=True)
@@ -148,8 +126,8 @@ class _Properties:
     def __init__(self, architecture: int) -> None:
         self.name = {80: "NVIDIA A100", 90: "NVIDIA H100"}[architecture]
         self.major, self.minor = divmod(architecture, 10)
-        self.multi_processor_count = {80: 108, 90: 132}[architecture]
-        self.shared_memory_per_block_optin = {80: 163, 90: 227}[architecture] << 10
+        self.multi_processor_count = MULTIPROCESSORS[architecture]
+        self.shared_memory_per_block_optin = SHARED_BYTES[architecture]
 
 
 def cost(facts: CompiledFacts) -> float:

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tests.ptx.simulator import Counters, GlobalMemory, Program, load
+from tests.triton.named_device import NamedDevice
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = 80
@@ -40,19 +40,6 @@ class Launch:
     grid: Grid
     threads: int
     counters: Counters
-
-
-class _NamedDevice:
-    """What Triton asks a driver before it compiles."""
-
-    def get_current_device(self) -> int:
-        return ARCHITECTURE  # Triton keeps compiled kernels by this number: not for the tests of other architectures
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", ARCHITECTURE, 32)
 
 
 def _without_machine_code(*stages: Any) -> Any:
@@ -99,7 +86,7 @@ def simulated_triton(
         launches.append(Launch(self.__name__, whole, 32 * kernel.metadata.num_warps, counters))
         return kernel
 
-    JITFunction.run, driver._active = run, _NamedDevice()
+    JITFunction.run, driver._active = run, NamedDevice(ARCHITECTURE)
     knobs.runtime.add_stages_inspection_hook = _without_machine_code
     os.environ["TRITON_CACHE_DIR"] = str(ROOT / ".cache" / "ptx" / "triton")
     try:

@@ -14,28 +14,15 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from m3kernels import _tiles
 from m3kernels.attention import triton_kernels as attention
 from m3kernels.maxsim import triton_kernels as maxsim
+from tests.triton.named_device import NamedDevice
 
 OFFSETS = torch.tensor([0, 5, 5, 40], dtype=torch.int32)
-
-
-class NamedDevice:
-    """What Triton asks a driver before it compiles."""
-
-    def get_current_device(self) -> int:
-        return 90  # Triton keeps compiled kernels by this number: tests of other architectures take other ones
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
 
 @pytest.fixture
@@ -50,7 +37,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return kernels[self.__name__]
 
     monkeypatch.setattr(JITFunction, "run", warm_up)
-    monkeypatch.setattr(driver, "_active", NamedDevice())
+    monkeypatch.setattr(driver, "_active", NamedDevice(90))
     return kernels
 
 
