@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from m3model.cli.options import AsJson, BatchTokens, Device, Dtype, FloatType, MaxLength, Model, Quantize, load_model
+from m3model.cli.options import (
+    AsJson,
+    BatchTokens,
+    Device,
+    Dtype,
+    FloatType,
+    MaxLength,
+    Model,
+    Quantize,
+    load_model,
+    parse_weights,
+)
 
 if TYPE_CHECKING:
     from m3model.evaluation import HybridWeights, Results, System, Task
@@ -41,6 +53,16 @@ def evaluate(
     preset: Annotated[
         str | None, typer.Option(help=f"Published hybrid weights: {_PRESETS} [default: the dataset's].")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Weights of dense, sparse and multi-vector instead of published ones.", metavar="D,S,M"),
+    ] = None,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Candidates of the dense and of the sparse head [default: 1000].")
+    ] = None,
+    rerank: Annotated[
+        int | None, typer.Option(min=1, help="Dense candidates that multi-vector and the sum rerank [default: 200].")
+    ] = None,
     bm25: Annotated[bool, typer.Option(help="Also BM25 over the model's tokens.")] = True,
     baseline: Annotated[
         list[str] | None, typer.Option(help="Also this model of sentence-transformers; may be repeated.")
@@ -68,7 +90,8 @@ def evaluate(
 ) -> None:
     """Measure all heads on a benchmark: report.md, report.html, TREC runs, and the leading measure as a table here.
 
-    The search is the paper's: 1000 dense and 1000 sparse candidates united, the best 200 dense ones reranked.
+    The search is the paper's, with other depths and weights where they are given: 1000 dense and 1000 sparse candidates
+    united, the best 200 dense ones reranked.
     """
     from m3model.cli.output import message
     from m3model.evaluation import BM25, DenseBaseline, M3System, evaluate, write_report
@@ -76,7 +99,7 @@ def evaluate(
 
     tasks = _tasks(dataset, data, languages, settings, queries)
     chosen = _heads(heads)
-    weights = None if preset is None else published(preset)
+    used = _weights(published(preset or tasks[0].preset), weights, candidates, rerank)
     loaded = load_model(model, device, dtype, quantize)
     assert loaded.tokenizer is not None
     place = cache or out / "cache"
@@ -84,7 +107,7 @@ def evaluate(
         loaded,
         place,
         heads=chosen,
-        weights=weights,
+        weights=used,
         max_length=max_length,
         query_max_length=query_max_length,
         batch_tokens=batch_tokens,
@@ -95,7 +118,7 @@ def evaluate(
         systems.append(BM25(loaded.tokenizer, max_length=max_length))
     systems += [DenseBaseline.from_sentence_transformers(name) for name in baseline or []]
     results = evaluate(tasks, systems, out, progress=message)
-    note = _note(model, tasks, weights or published(tasks[0].preset), max_length, query_max_length)
+    note = _note(model, tasks, used, max_length, query_max_length)
     for path in write_report(results, out, f"{dataset}: {os.path.basename(model.rstrip('/'))}", note=note):
         message(f"wrote {path}")
     for unwanted in {"all": [], "runs": ["cache"], "report": ["cache", "runs", "qrels"]}[keep]:
@@ -127,6 +150,18 @@ def _heads(text: str) -> list[Head]:
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r}; accepted: all, or some of {', '.join(HEADS)}", param_hint="--heads")
     return [head for head in HEADS if text == "all" or head in asked]
+
+
+def _weights(
+    published: HybridWeights, weights: str | None, candidates: int | None, rerank: int | None
+) -> HybridWeights:
+    """The published weights and depths with those that were given in their place."""
+    if weights is not None:
+        dense, sparse, multi_vector = parse_weights(weights)
+        published = replace(
+            published, dense_sparse=(dense, sparse), all=(dense, sparse, multi_vector), source="given by --weights"
+        )
+    return replace(published, candidates=candidates or published.candidates, reranked=rerank or published.reranked)
 
 
 def _note(model: str, tasks: list[Task], weights: HybridWeights, max_length: int, query_max_length: int) -> str:

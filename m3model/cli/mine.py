@@ -82,7 +82,7 @@ def mine(
             relative_margin=relative_margin,
             fill=fill,
             head=head,
-            weights=parse_weights(weights),
+            weights=parse_weights(weights, head),
             query_instruction=query_instruction,
             passage_instruction=passage_instruction,
             query_max_length=query_max_length,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from m3model.model import M3Model
     from m3model.quantization import Quantization
+    from m3model.retrieval import Head
 
 __all__ = [
     "AsJson",
@@ -42,17 +43,21 @@ class FloatType(str, Enum):
     float16 = "float16"
 
 
-def parse_weights(text: str) -> tuple[float, float, float]:
-    """Three weights out of "1,0.3,1"."""
+def parse_weights(text: str, head: Head = "all") -> tuple[float, float, float]:
+    """Three weights out of "1,0.3,1", or those published for this head under a benchmark's name."""
+    from m3model.retrieval.presets import PRESETS
     from m3model.scoring import check_weights
 
+    if text in PRESETS:
+        published = PRESETS[text]
+        return (*published.dense_sparse, 0.0) if head == "dense+sparse" else published.all
     try:
         dense, sparse, multi_vector = (float(part) for part in text.split(","))
         check_weights((dense, sparse, multi_vector))
     except ValueError as error:
         raise typer.BadParameter(
             f"{text!r}; accepted: three numbers of at least 0 for dense, sparse and multi-vector such as 1,0.3,1,"
-            " the first two not both 0",
+            f" the first two not both 0, or one of {', '.join(PRESETS)}",
             param_hint="--weights",
         ) from error
     return dense, sparse, multi_vector
@@ -94,7 +99,14 @@ MaxLength = Annotated[int, typer.Option(min=3, help="Tokens at which longer text
 BatchTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens of one forward pass [default: 4096 on a CPU, 65536 on a GPU].")
 ]
-Weights = Annotated[str, typer.Option(help="Weights of dense, sparse and multi-vector in the sums.", metavar="D,S,M")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="Weights of dense, sparse and multi-vector in the sums, or the benchmark whose published ones to take:"
+        " miracl, mkqa, mldr, beir.",
+        metavar="D,S,M|NAME",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

@@ -58,7 +58,7 @@ def search(
     from m3model.retrieval import ExactIndex, fingerprint
     from m3model.retrieval.chunking import search_parents
 
-    mix = parse_weights(weights)
+    mix = parse_weights(weights, head)
     asked = [*(queries or []), *(read_queries(queries_from) if queries_from is not None else [])]
     if not asked:
         raise typer.BadParameter("give a query, or a file of them with --queries", param_hint="QUERIES")

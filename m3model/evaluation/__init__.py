@@ -6,10 +6,10 @@ from m3model.evaluation.harness import Results, evaluate
 from m3model.evaluation.hybrid import unite
 from m3model.evaluation.m3_system import M3System
 from m3model.evaluation.metrics import Comparison, Interval, compare_systems, holm, interval, per_query
-from m3model.evaluation.presets import PRESETS, HybridWeights, preset
 from m3model.evaluation.report import write_report
 from m3model.evaluation.tasks import Collection, Passage, Task
 from m3model.evaluation.trec import ranked, read_qrels, read_run, write_qrels, write_run
+from m3model.retrieval.presets import PRESETS, HybridWeights, preset
 
 __all__ = [
     "BM25",

@@ -5,7 +5,7 @@
     multi_vector    the best `reranked` (200) dense passages, ordered by MaxSim
     all             the same passages, ordered by the weighted sum of the three scores
 
-This is how the published figures were made (m3model.evaluation.presets); m3model.retrieval's own hybrid search scores
+This is how the published figures were made (m3model.retrieval.presets); m3model.retrieval's own hybrid search scores
 candidates of either head with both.
 
 Collections are encoded once into an index folder below `cache` and queries into a file there; encoding that was cut off
@@ -27,11 +27,11 @@ import torch
 from m3kernels import SparseBatch
 from m3model.embeddings import EncodedTexts, M3Embeddings, MultiVectors
 from m3model.evaluation.hybrid import unite
-from m3model.evaluation.presets import HybridWeights, preset
 from m3model.evaluation.tasks import Collection, Run, Task
 from m3model.evaluation.trec import ranked
 from m3model.model import M3Model
 from m3model.retrieval import HEADS, ExactIndex, Head, Ranking, fingerprint, same_model
+from m3model.retrieval.presets import HybridWeights, preset
 from m3model.retrieval.streaming import ingest_stream
 
 __all__ = ["M3System"]

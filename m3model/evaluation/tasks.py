@@ -73,7 +73,7 @@ class Task:
         qrels: judgements; for a dataset that is judged by answers, empty.
         answers: {query id: accepted answer strings} where a passage is relevant if it holds one (MKQA).
         measures: names of ir-measures that the dataset is reported in, the leading one first.
-        preset: name of the published hybrid weights, see m3model.evaluation.presets.
+        preset: name of the published hybrid weights, see m3model.retrieval.presets.
         group: tasks of a group are averaged together (XQuAD: "monolingual", "cross-lingual", "pool").
     """
 

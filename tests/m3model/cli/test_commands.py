@@ -277,6 +277,16 @@ def test_one_id_with_two_texts_is_an_error(folder: Path, tmp_path: Path) -> None
     assert result.exit_code == 1 and "the id '1' comes twice" in result.stderr
 
 
+@pytest.mark.parametrize(("head", "weights"), [("all", "0.15,0.5,0.35"), ("dense+sparse", "0.2,0.8,0")])
+def test_published_weights_are_taken_by_their_name(index: Path, head: str, weights: str) -> None:
+    command = ["search", index, "the river", "--json", "--head", head, "--weights"]
+    assert json_lines(m3(*command, "mldr")) == json_lines(m3(*command, weights))
+    wrong = m3(*command, "msmarco")
+    assert wrong.exit_code == 2 and "or one of miracl, mkqa, mldr, beir" in " ".join(
+        wrong.stderr.replace("│", " ").split()
+    )
+
+
 def test_search_and_score_agree(folder: Path, index: Path) -> None:
     (found,) = json_lines(m3("search", index, "the river", "--json", "--head", "all", "-k", "1", "--weights", "1,2,3"))
     hit = found["hits"][0]

@@ -47,6 +47,10 @@ def test_one_command_makes_the_table(folder: Path, xquad: Path, tmp_path: Path) 
     again = m3(*command, "--json", "--heads", "dense", "--settings", "monolingual", "--queries", "2", "--no-bm25")
     assert again.exit_code == 0 and len(again.stdout.splitlines()) == 1
     assert "monolingual" in m3(*command, "--settings", "monolingual").stdout
+    own = [*command, "--settings", "monolingual", "--weights", "0.5,0,1", "--candidates", "3", "--rerank", "2"]
+    assert m3(*own).exit_code == 0
+    noted = (out / "report.md").read_text()
+    assert "of all (0.5, 0.0, 1.0) (given by --weights); 3 candidates, 2 dense ones reranked" in noted
     report = {"report.md", "report.html", "results.json"}
     for keep, left in (("runs", report | {"runs", "qrels"}), ("report", report)):
         few = [*command, "--settings", "monolingual", "--heads", "sparse", "--no-bm25", "--keep", keep]
