@@ -1,6 +1,6 @@
 """A driver for Triton where there is no GPU: it only names an architecture, so that launches bind and compile.
 
-    monkeypatch.setattr(triton.runtime.driver, "_active", NamedDevice(90))
+monkeypatch.setattr(triton.runtime.driver, "_active", NamedDevice(90))
 """
 
 from __future__ import annotations
