@@ -89,7 +89,7 @@ BAD: list[tuple[str, type[Exception], str, Callable[[], object]]] = [
     ("residual", ValueError, r"expected \(5, 5\)", lambda: m3.linear(ROWS, ROWS, residual=ROWS)),
     ("activation", ValueError, "activation is 'relu'", lambda: m3.linear(ROWS, ROWS, activation="relu")),  # type: ignore[arg-type]
     ("storage", ValueError, "accepted: float32, bfloat16", lambda: m3.pack_linear(ROWS, torch.int16)),
-    ("int8 depth", ValueError, "at most 8192", lambda: m3.pack_linear(torch.zeros(1, 8193), torch.int8)),
+    ("int8 depth", ValueError, "at most 131072", lambda: m3.pack_linear(torch.zeros(1, 131073), torch.int8)),
     (
         "panels",
         ValueError,
