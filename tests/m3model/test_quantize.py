@@ -67,36 +67,30 @@ def test_dense_vectors_of_the_embedded_backbone_keep_a_cosine_of_0_999(
     assert cosine.min() >= 0.999, cosine
 
 
-def test_int8_keeps_ndcg(embedded_folder: Path) -> None:
-    """500 judgements, Chinese and Arabic questions and paragraphs, all four ways: within 0.01;
-    benchmarks/results/quantized_ndcg.json has 4760, which stay within 0.005."""
+def test_int8_keeps_ndcg_across_languages(embedded_folder: Path) -> None:
+    """All 1190 Chinese questions, all 240 Arabic paragraphs of XQuAD: dense vectors."""
     data = next((up / "shared/data" for up in Path(__file__).parents if (up / "shared/data").is_dir()), None)
     if data is None:
         pytest.skip("no ../shared/data beside the repository")
-    texts = {}
-    for language in ("zh", "ar"):
+
+    def paragraphs(language: str) -> list[dict[str, Any]]:
         articles = json.loads((data / f"test/xquad/xquad.{language}.json").read_text())["data"]
-        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]][:25]
-        asked = [question["question"] for paragraph in paragraphs for question in paragraph["qas"]]
-        relevant = [number for number, paragraph in enumerate(paragraphs) for _ in paragraph["qas"]]
-        texts[language] = asked, [paragraph["context"] for paragraph in paragraphs], relevant
+        return [paragraph for article in articles for paragraph in article["paragraphs"]]
+
+    pairs = [(part["question"], number) for number, whole in enumerate(paragraphs("zh")) for part in whole["qas"]]
+    asked, relevant = map(list, zip(*pairs))
+    passages = [paragraph["context"] for paragraph in paragraphs("ar")]
     model = M3Model.from_pretrained(embedded_folder)
 
     def ndcg() -> float:
         dense: dict[str, Any] = {"sparse": False, "multi_vector": False}
-        questions = {name: model.encode(part[0], role="query", **dense).dense for name, part in texts.items()}
-        passages = {name: model.encode(part[1], **dense).dense for name, part in texts.items()}
-        values = []
-        for asked_in, (_, _, relevant) in texts.items():
-            for found in passages.values():
-                scores = questions[asked_in] @ found.T
-                rank = 1 + (scores > scores[range(len(relevant)), relevant][:, None]).sum(1)
-                values.append(np.where(rank <= 10, 1 / np.log2(1 + rank), 0).mean())
-        return float(np.mean(values))
+        scores = model.encode(asked, role="query", **dense).dense @ model.encode(passages, **dense).dense.T
+        rank = 1 + (scores > scores[range(len(relevant)), relevant][:, None]).sum(1)
+        return float(np.where(rank <= 10, 1 / np.log2(1 + rank), 0).mean())
 
     exact = ndcg()
     model.quantize("int8")
-    assert 0.6 < exact < 1 and abs(ndcg() - exact) <= 0.01
+    assert 0.6 < exact < 1 and abs(ndcg() - exact) <= 0.005
 
 
 def test_weights_take_a_quarter_and_half_of_the_memory(folder: Path) -> None:
