@@ -110,15 +110,10 @@ template <int R>
 [[gnu::always_inline]] inline void multiply_panels(
     const PanelView& panels, const float* rows, int64_t steps, Floats (&acc)[R][2]) {
   const float *first = panels.vectors[0], *second = panels.vectors[1];
+  // The two vectors of a tile then make one panel.
+  if constexpr (kTileColumns == kPanelColumns) return multiply_columns<R, 2>(first, rows, kTileRows, steps, acc);
 #pragma GCC unroll 4
   for (int64_t e = 0; e < steps; ++e) {
-    // Two vectors then make one panel, so the second lies beside the first.
-    if constexpr (kWrittenStep<R, 2> && kTileColumns == kPanelColumns) {
-      multiply_step(first, rows, acc);
-      first += kPanelColumns;
-      rows += kTileRows;
-      continue;
-    }
     const Floats column_0 = load(first), column_1 = load(second);
     first += kPanelColumns;
     second += kPanelColumns;

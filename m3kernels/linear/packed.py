@@ -81,7 +81,7 @@ def pack_linear(weight: Tensor, dtype: torch.dtype | None = None) -> PackedLinea
         raise ValueError(f"weight has {depth} inputs; accepted for int8: at most {MOST_BYTE_DEPTH}")
     scales = _pair_sums(values.float()).amax(dim=1) / MOST_CODE
     codes = (values.float() / torch.where(scales > 0, scales, 1.0)[:, None]).round()
-    return pack_codes(codes.to(torch.int8), scales)
+    return _pack_codes(codes.to(torch.int8), scales)
 
 
 def pack_codes(codes: Tensor, scales: Tensor) -> PackedLinear:
@@ -90,9 +90,13 @@ def pack_codes(codes: Tensor, scales: Tensor) -> PackedLinear:
     Raises:
         ValueError: like-signed neighbours add up to more than 128.
     """
-    columns, depth = codes.shape
     if not codes.is_meta and int(_pair_sums(codes.short()).max()) > MOST_PAIR:
         raise ValueError(f"codes of like-signed weights 2k and 2k + 1 add up to more than {MOST_PAIR}")
+    return _pack_codes(codes, scales)
+
+
+def _pack_codes(codes: Tensor, scales: Tensor) -> PackedLinear:
+    columns, depth = codes.shape
     filled = -(-columns // (2 * PANEL_COLUMNS)) * 2 * PANEL_COLUMNS
     steps = -(-depth // STEP_BYTES)
     rows = codes.new_zeros((filled, steps * STEP_BYTES))

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from m3kernels import SparseBatch, SparseIndex, sparse_scores
 from m3kernels.sparse.ops import check_batch_values
-from m3model.embeddings import EncodedTexts
-from m3model.retrieval.coded_vectors import RowBits
+from m3model.embeddings import EncodedTexts, MultiVectors
+from m3model.retrieval.coded_vectors import CodedVectors, RowBits
 from m3model.retrieval.fingerprint import document_digest, same_model
 from m3model.retrieval.indexed_segment import IndexedSegment
 from m3model.retrieval.interface import CANDIDATES, RERANK, Head, Ranking, Scores
@@ -168,13 +168,13 @@ class ExactIndex:
         _check_values("embeddings", embeddings)
         if embeddings.sparse is not None:
             check_batch_values("embeddings.sparse", embeddings.sparse.token_ids, embeddings.sparse.offsets)
-        segment = Segment.of(ids, documents, embeddings, self.row_bits)
-        row_format = _row_format(segment)
+        row_format = _row_format(embeddings.multi_vector, self.row_bits)
         if self._widths is not None and (widths, row_format) != (self._widths, self._row_format):
             raise ValueError(
                 f"embeddings have {_describe(widths, row_format)}; the index has"
                 f" {_describe(self._widths, self._row_format)}"
             )
+        segment = Segment.of(ids, documents, embeddings, self.row_bits)
         self._widths, self._row_format = widths, row_format
         self.delete(ids)
         self._pending.append(self._placed(IndexedSegment(segment), enumerate(ids)))
@@ -282,7 +282,7 @@ class ExactIndex:
         manifest, segments = read_index(folder, verify=verify)
         index = cls(manifest.fingerprint, manifest.metadata)
         for held in segments:
-            facts = (_held_widths(held.segment), _row_format(held.segment))
+            facts = (_held_widths(held.segment), _row_format(held.segment.multi_vector))
             if index._widths is not None and facts != (index._widths, index._row_format):
                 raise ValueError(f"{folder}: {held.name} has {_describe(*facts)}, the segments before it have others")
             index._widths, index._row_format = facts
@@ -311,7 +311,7 @@ class ExactIndex:
                 union.check_model(index.fingerprint)
             for held in (*index._segments, *index._pending):
                 segment = held.segment if parts is None else held.segment.only(parts)
-                facts = (_held_widths(segment), _row_format(segment))
+                facts = (_held_widths(segment), _row_format(segment.multi_vector))
                 if union._widths is not None and facts != (union._widths, union._row_format):
                     before_it = _describe(union._widths, union._row_format)
                     raise ValueError(f"an index has {_describe(*facts)}, the ones before it {before_it}")
@@ -580,12 +580,13 @@ def _held_widths(segment: Segment) -> dict[str, int]:
     return {**widths, "multi_vector": segment.codes.rows.width}
 
 
-def _row_format(segment: Segment) -> str | None:
-    """What the multi-vectors of a segment are kept as."""
-    if segment.codes is not None:
-        return f"{segment.codes.rows.bits} bits"
-    vectors = segment.embeddings.multi_vector
-    return None if vectors is None else str(vectors.rows.dtype)
+def _row_format(vectors: MultiVectors | CodedVectors | None, bits: RowBits | None = None) -> str | None:
+    """What multi-vectors are kept as; bits: of the codes that will be made of them."""
+    if vectors is None:
+        return None
+    if isinstance(vectors, CodedVectors):
+        return f"{vectors.rows.bits} bits"
+    return str(vectors.rows.dtype) if bits is None else f"{bits} bits"
 
 
 def _check_values(name: str, embeddings: EncodedTexts) -> None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from m3model.retrieval.interface import CANDIDATES, RERANK
+
 __all__ = ["PRESETS", "HybridWeights", "preset"]
 
 
@@ -24,8 +26,8 @@ class HybridWeights:
     dense_sparse: tuple[float, float]
     all: tuple[float, float, float]
     source: str
-    candidates: int = 1000
-    reranked: int = 200
+    candidates: int = CANDIDATES
+    reranked: int = RERANK
 
 
 PRESETS: dict[str, HybridWeights] = {

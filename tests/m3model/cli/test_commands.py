@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_folder
+from messages import unwrapped
 from typer.testing import CliRunner, Result
 
 from m3kernels import self_check as checks
@@ -240,9 +241,7 @@ def test_multi_vectors_can_be_kept_as_codes(
     assert {hit["id"]: hit["multi_vector"] for hit in found["hits"]} == pytest.approx(score, abs=error)
     assert json_lines(m3(*command, "--row-dtype", kept))[0]["added"] == 0
     result = m3(*command)
-    assert result.exit_code == 2 and f"keeps multi-vectors as {kept}, not floats" in " ".join(
-        result.stderr.replace("│", " ").split()
-    )
+    assert result.exit_code == 2 and f"keeps multi-vectors as {kept}, not floats" in unwrapped(result)
 
 
 @pytest.mark.parametrize("late", [[], ["--late"]])
@@ -263,7 +262,7 @@ def test_long_documents_are_cut_into_windows_and_found_as_documents(folder: Path
     assert "close the file" in m3("search", tmp_path / "index", "file").stdout
     for wrong, said in (([], "the index was made with --window 12"), (["--late"], "late chunking needs --window")):
         result = m3(*command, *wrong)
-        assert result.exit_code == 2 and said in " ".join(result.stderr.replace("│", " ").split())
+        assert result.exit_code == 2 and said in unwrapped(result)
 
 
 def test_an_empty_collection_makes_an_empty_index(folder: Path, tmp_path: Path) -> None:
@@ -282,9 +281,7 @@ def test_published_weights_are_taken_by_their_name(index: Path, head: str, weigh
     command = ["search", index, "the river", "--json", "--head", head, "--weights"]
     assert json_lines(m3(*command, "mldr")) == json_lines(m3(*command, weights))
     wrong = m3(*command, "msmarco")
-    assert wrong.exit_code == 2 and "or one of miracl, mkqa, mldr, beir" in " ".join(
-        wrong.stderr.replace("│", " ").split()
-    )
+    assert wrong.exit_code == 2 and "or one of miracl, mkqa, mldr, beir" in unwrapped(wrong)
 
 
 def test_search_and_score_agree(folder: Path, index: Path) -> None:
@@ -365,7 +362,7 @@ def test_bad_arguments_exit_with_2(arguments: list[str], message: str, folder: P
     named = {"MODEL": folder, "INDEX": index}
     result = m3(*(named.get(argument, argument) for argument in arguments))
     assert result.exit_code == 2 and result.stdout == ""
-    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert message in unwrapped(result)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

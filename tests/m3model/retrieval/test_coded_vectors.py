@@ -80,7 +80,7 @@ def test_an_index_of_multi_vectors_alone(tmp_path: Path) -> None:
         assert ranking.ids == expected.ids and len(ranking.ids) == 6
 
 
-def test_codes_take_the_bytes_they_should(tmp_path: Path) -> None:
+def test_codes_take_the_bytes_they_should() -> None:
     texts = random_texts(COUNT, 1, width=64)
     tokens = len(texts.multi_vector.rows)
     exact = ExactIndex()
