@@ -20,34 +20,19 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe
+from benchmarks.xquad import ndcg_at_10, paragraphs
 from m3kernels import maxsim, quantize_rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def ndcg_at_10(scores: torch.Tensor, relevant: torch.Tensor) -> float:
-    """One relevant passage a query; ties count against us."""
-    own = scores.gather(1, relevant[:, None])
-    ranks = (scores >= own).sum(1)
-    return float(torch.where(ranks <= 10, 1 / torch.log2(ranks.double() + 1), 0.0).mean())
-
-
-def _paragraphs(path: Path) -> list[tuple[str, list[str]]]:
-    articles = json.loads(path.read_text())["data"]
-    return [
-        (paragraph["context"], [question["question"] for question in paragraph["qas"]])
-        for article in articles
-        for paragraph in article["paragraphs"]
-    ]
 
 
 def quality(folder: Path, language: str = "ru", most: int = 400) -> dict[str, object]:
     from m3model import M3Model
     from m3model.embedded import make_embedded_backbone
 
-    passages = [text for text, _ in _paragraphs(folder / "xquad.en.json")]
+    passages = [text for text, _ in paragraphs(folder / "xquad.en.json")]
     asked = [
-        (question, i) for i, (_, own) in enumerate(_paragraphs(folder / f"xquad.{language}.json")) for question in own
+        (question, i) for i, (_, own) in enumerate(paragraphs(folder / f"xquad.{language}.json")) for question in own
     ]
     asked = asked[:: max(1, len(asked) // most)][:most]
     with tempfile.TemporaryDirectory() as scratch:

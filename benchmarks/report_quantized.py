@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from benchmarks.machine import describe
 from benchmarks.report_encode import RESULTS
 from benchmarks.sparse_texts import CACHE, DATA
-
-DEPTH = 10
+from benchmarks.xquad import ndcg_at_10, paragraphs
 
 
 def main(languages: list[str]) -> None:
@@ -37,15 +36,16 @@ def main(languages: list[str]) -> None:
         model = M3Model.from_pretrained(folder, quantize=None if precision == "float32" else "int8", init_heads=True)
         dense: dict[str, Any] = {"sparse": False, "multi_vector": False}
         encoded[precision] = {
-            language: (model.encode(asked, role="query", **dense).dense, model.encode(paragraphs, **dense).dense)
-            for language, (asked, paragraphs, _) in texts.items()
+            language: (model.encode(asked, role="query", **dense).dense, model.encode(passages, **dense).dense)
+            for language, (asked, passages, _) in texts.items()
         }
     rows = []
     for asked_in in languages:
         for found_in in languages:
             answers = texts[asked_in][2]
             values = {
-                name: ndcg(vectors[asked_in][0] @ vectors[found_in][1].T, answers) for name, vectors in encoded.items()
+                name: ndcg_at_10(torch.from_numpy(vectors[asked_in][0] @ vectors[found_in][1].T), answers)
+                for name, vectors in encoded.items()
             }
             rows.append({"questions": asked_in, "paragraphs": found_in, "queries": len(answers), **values})
     mean = {name: float(np.mean([row[name] for row in rows])) for name in encoded}
@@ -54,25 +54,18 @@ def main(languages: list[str]) -> None:
         name: min(float((part * like).sum(1).min()) for la in languages for part, like in zip(vectors[la], exact[la]))
         for name, vectors in encoded.items()
     }
-    result = {"measure": f"nDCG@{DEPTH}", "rows": rows, "mean": mean, "least_cosine": cosine, "machine": describe()}
+    result = {"measure": "nDCG@10", "rows": rows, "mean": mean, "least_cosine": cosine, "machine": describe()}
     (RESULTS / "quantized_ndcg.json").write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
         print(*(f"{value:.4f}" if isinstance(value, float) else value for value in row.values()), sep="\t")
     print(mean, cosine, sep="\n")
 
 
-def questions_and_paragraphs(language: str) -> tuple[list[str], list[str], list[int]]:
+def questions_and_paragraphs(language: str) -> tuple[list[str], list[str], torch.Tensor]:
     """Questions, paragraphs, and the number of each question's paragraph."""
-    articles = json.loads((DATA / "test" / "xquad" / f"xquad.{language}.json").read_text())["data"]
-    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
-    pairs = [(part["question"], number) for number, paragraph in enumerate(paragraphs) for part in paragraph["qas"]]
-    asked, answers = zip(*pairs)
-    return list(asked), [paragraph["context"] for paragraph in paragraphs], list(answers)
-
-
-def ndcg(scores: NDArray[np.float32], answers: list[int]) -> float:
-    rank = 1 + (scores > scores[range(len(answers)), answers][:, None]).sum(1)
-    return float(np.where(rank <= DEPTH, 1 / np.log2(1 + rank), 0).mean())
+    read = paragraphs(DATA / "test" / "xquad" / f"xquad.{language}.json")
+    asked, answers = zip(*((question, number) for number, (_, own) in enumerate(read) for question in own))
+    return list(asked), [text for text, _ in read], torch.tensor(answers)
 
 
 if __name__ == "__main__":
