@@ -3,7 +3,9 @@
 m3kernels/<op>/tiles.json maps architecture → kernel → arithmetic → width → tile, a tile being
 [block_m, block_n, num_warps, num_stages] or, for products over long rows, [block_m, block_n, block_k, num_warps,
 num_stages]. Arithmetic is "16bit" (bfloat16, float16), "float32" (IEEE: no tensor cores) or "tf32". The width taken is
-the smallest listed that is not below the call's; for maxsim's two forward kernels it counts query rows, not E.
+the smallest listed that is not below the call's; for maxsim's two forward kernels it counts query rows, not E. A width
+followed by options, such as "64 dropout" or "32 floor+save", is the tile of calls with exactly these switches on, where
+the width's own tile would spill; the other calls of that width take the tile without options.
 `m3kernels.tuning` measures candidates on a GPU and rewrites the file.
 
 The entries in the repository were chosen by what the compiler made of them (`m3kernels.compiled_tables`: no spilled
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from typing import Any
 import torch
 
 Entries = dict[str, dict[str, dict[str, list[int]]]]
-"""kernel → arithmetic → width → tile, as in the file."""
+"""kernel → arithmetic → width, with options or without → tile, as in the file."""
 
 OLDEST = 80
 SMALL = (86, 87, 89, 120, 121)
@@ -62,11 +65,28 @@ class TileTable:
     architecture: int
     entries: Entries
 
-    def find(self, kernel: str, dtype: torch.dtype, width: int, allow_tf32: bool) -> Tile:
-        """The tile for a call; the smallest listed width that is not below `width`."""
+    def find(
+        self, kernel: str, dtype: torch.dtype, width: int, allow_tf32: bool, options: Collection[str] = ()
+    ) -> Tile:
+        """The tile for a call with these switches on; the smallest listed width that is not below `width`."""
         by_width = self.entries[kernel][arithmetic(dtype, allow_tf32)]
-        fitting = [listed for listed in map(int, by_width) if listed >= width]
-        return Tile.from_list(by_width[str(min(fitting))])
+        listed = min(one for one in widths(by_width) if one >= width)
+        return Tile.from_list(by_width.get(key(listed, options)) or by_width[str(listed)])
+
+
+def widths(by_width: Mapping[str, object]) -> list[int]:
+    """The widths that one column of the table lists."""
+    return [int(listed) for listed in by_width if listed.isdecimal()]
+
+
+def key(width: int, options: Collection[str] = ()) -> str:
+    """Where the table keeps a tile: "64", or with switches "64 sampled+dropout"."""
+    return f"{width} {options_text(options)}".rstrip()
+
+
+def options_text(options: Collection[str]) -> str:
+    """Switches as one word: SAMPLED and DROPOUT as "sampled+dropout"."""
+    return "+".join(options).lower()
 
 
 def arithmetic(dtype: torch.dtype, allow_tf32: bool) -> str:

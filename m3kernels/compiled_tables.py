@@ -1,7 +1,7 @@
 """What every GPU kernel compiles to in every configuration that ships, without a GPU: `m3 bench --static`.
 
-Configurations are the entries of the tile tables, for each architecture that they serve, each dtype, and twice for
-kernels that have options: plain, and with every option on. Compiled facts are cached under a hash of source,
+Configurations are the entries of the tile tables, for each architecture that they serve, each dtype, and each set of
+options that a call can turn on (the ops' OPTION_SETS). Compiled facts are cached under a hash of source,
 configuration and Triton's version in $M3_CACHE_DIR (default ~/.cache/m3kernels); the CUDA C++ kernels are read out of
 the compiled library.
 
@@ -41,20 +41,20 @@ LOOP_FLOPS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel in one configuration; dtype "tf32" is float32 with allow_tf32, options: every option on."""
+    """One kernel in one configuration; dtype "tf32" is float32 with allow_tf32, options the switches that are on."""
 
     op: str
     architecture: int
     kernel: str
     dtype: str
     width: int
-    options: bool
+    options: tuple[str, ...]
     tile: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        """As in the record: attention/sm_80/forward/bf16/64/plain."""
-        variant = "options" if self.options else "plain"
+        """As in the record: attention/sm_80/forward/bf16/64/plain, or at the end sampled+dropout."""
+        variant = _tiles.options_text(self.options) or "plain"
         return f"{self.op}/sm_{self.architecture}/{self.kernel}/{self.dtype}/{self.width}/{variant}"
 
     @property
@@ -97,13 +97,9 @@ def entries(ops: Iterable[str] = OPS, architectures: Iterable[int] = ARCHITECTUR
         if op not in OPS:
             raise ValueError(f"op is {op!r}; accepted: {', '.join(map(repr, OPS))}")
         for architecture in architectures:
-            for kernel, column, width, tile in _lines(op, architecture):
+            for kernel, column, width, options, tile in _lines(op, architecture):
                 for dtype in ARITHMETICS[column]:
-                    entry = Entry(op, architecture, kernel, dtype, width, False, tile)
-                    yield entry
-                    with_options = Entry(op, architecture, kernel, dtype, width, True, tile)
-                    if with_options.configuration != entry.configuration:
-                        yield with_options
+                    yield Entry(op, architecture, kernel, dtype, width, options, tile)
 
 
 def compile_entry(entry: Entry) -> CompiledFacts:
@@ -122,32 +118,32 @@ def compile_entry(entry: Entry) -> CompiledFacts:
 
 def compile_entries(
     chosen: Iterable[Entry], cache: Path | None = None, advance: Callable[[int], object] = lambda _: None
-) -> dict[str, CompiledFacts]:
-    """Facts by the entries' names, out of the cache or compiled by as many processes as there are cores.
+) -> dict[Entry, CompiledFacts]:
+    """Facts by the entries, out of the cache or compiled by as many processes as there are cores.
 
     Args:
         cache: folder; None compiles everything anew and keeps nothing.
         advance: told how many more entries are done.
     """
     chosen = list(chosen)
-    found: dict[str, CompiledFacts] = {}
+    found: dict[Entry, CompiledFacts] = {}
     for entry in chosen:
         facts = _read(_cached(cache, entry)) if cache else None
         if facts:
-            found[entry.name] = facts
+            found[entry] = facts
     advance(len(found))
-    missing = [entry for entry in chosen if entry.name not in found]
+    missing = [entry for entry in chosen if entry not in found]
     if missing:
         workers = min(len(missing), len(os.sched_getaffinity(0)))
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             running = {pool.submit(compile_entry, entry): entry for entry in missing}
             for done in as_completed(running):
                 entry = running[done]
-                found[entry.name] = done.result()
+                found[entry] = done.result()
                 if cache:
-                    _write(_cached(cache, entry), json.dumps(asdict(found[entry.name])))
+                    _write(_cached(cache, entry), json.dumps(asdict(found[entry])))
                 advance(1)
-    return {entry.name: found[entry.name] for entry in chosen}
+    return {entry: found[entry] for entry in chosen}
 
 
 def cache_folder() -> Path:
@@ -203,14 +199,13 @@ def read_record(path: Path) -> dict[str, Any]:
     }
 
 
-def record_text(facts: Mapping[str, CompiledFacts], library: Mapping[str, CompiledFacts]) -> str:
+def record_text(facts: Mapping[Entry, CompiledFacts], library: Mapping[str, CompiledFacts]) -> str:
     """The record as JSON, one line for each entry; counts of 0 are left out."""
     import triton
 
-    hashes = {entry.name: entry.hash for entry in entries() if entry.name in facts}
     lines = [
-        f"    {json.dumps(name)}: " + json.dumps({"hash": hashes[name], "facts": _short(value)})
-        for name, value in facts.items()
+        f"    {json.dumps(entry.name)}: " + json.dumps({"hash": entry.hash, "facts": _short(value)})
+        for entry, value in facts.items()
     ]
     held = [f"    {json.dumps(name)}: {json.dumps(_short(value))}" for name, value in library.items()]
     joined = [",\n".join(part) for part in (lines, held)]
@@ -220,15 +215,19 @@ def record_text(facts: Mapping[str, CompiledFacts], library: Mapping[str, Compil
     )
 
 
-def _lines(op: str, architecture: int) -> Iterator[tuple[str, str, int, tuple[int, ...]]]:
-    """Kernel, column, width and tile of every line that serves an architecture, and of kernels that need no table."""
+def _lines(op: str, architecture: int) -> Iterator[tuple[str, str, int, tuple[str, ...], tuple[int, ...]]]:
+    """Kernel, column, width, options and tile of all that an architecture runs, kernels without a table included."""
+    option_sets = _module(op).OPTION_SETS
     for kernel, columns in _tiles.for_architecture(op, architecture).entries.items():
-        for column, widths in columns.items():
-            for width, tile in widths.items():
-                yield kernel, column, int(width), tuple(tile)
+        for column, tiles in columns.items():
+            for width in _tiles.widths(tiles):
+                for options in option_sets[kernel]:
+                    tile = tiles.get(_tiles.key(width, options)) or tiles[str(width)]
+                    yield kernel, column, width, options, tuple(tile)
     if op == "maxsim":
         blocks = _module(op).SUM_BLOCKS
-        yield "sum", "float32", 0, (blocks["BLOCK_R"], blocks["BLOCK_P"], 4, 3)
+        for options in option_sets["sum"]:
+            yield "sum", "float32", 0, options, (blocks["BLOCK_R"], blocks["BLOCK_P"], 4, 3)
 
 
 def _module(op: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import triton
 
@@ -37,9 +37,9 @@ Made by `m3 bench --static --markdown docs/gpu_static.md` with Triton {triton} o
 facts of compiled code; nothing here was measured on a device.
 
 - A line is one kernel in one configuration that ships: dtype, the widest call that it serves (head width for attention,
-  query rows for MaxSim's forward, E for its backward), and whether options (sampled attention and dropout; zero floor,
-  argmax, mean, listed pairs) are compiled in. tf32 is float32 with `allow_tf32`. fp32 multiplies in IEEE float32, which
-  no tensor core does.
+  query rows for MaxSim's forward, E for its backward), and the options that are compiled in, in every set that a call
+  can ask for: sampled attention and dropout; MaxSim's zero floor, saved argmax, listed pairs and mean. tf32 is float32
+  with `allow_tf32`. fp32 multiplies in IEEE float32, which no tensor core does.
 - *spilled B* is the stack of a thread, *local* the loads and stores of local memory in the machine code: both must
   be 0.
 - *occupancy* follows from registers, shared memory and threads with the limits of one multiprocessor in NVIDIA's CUDA
@@ -52,25 +52,25 @@ facts of compiled code; nothing here was measured on a device.
 """
 
 
-def markdown(entries: Sequence[Entry], facts: Mapping[str, CompiledFacts], library: Mapping[str, CompiledFacts]) -> str:
+def markdown(facts: Mapping[Entry, CompiledFacts], library: Mapping[str, CompiledFacts]) -> str:
     """The whole document."""
     limits = "; ".join(
         f"sm_{number}: {sm.warps} warps, {sm.blocks} blocks, {sm.registers >> 10}k registers,"
         f" {sm.shared_bytes >> 10} KiB"
         for number, sm in MULTIPROCESSORS.items()
-        if any(entry.architecture == number for entry in entries)
+        if any(entry.architecture == number for entry in facts)
     )
-    bad = [entry.name for entry in entries if problems(facts[entry.name], entry.dtype)]
+    bad = [entry.name for entry, value in facts.items() if problems(value, entry.dtype)]
     lines = [
         _INTRODUCTION.format(triton=triton.__version__, limits=limits),
-        f"{len(entries)} configurations of Triton kernels and {len(library)} CUDA C++ kernels; "
+        f"{len(facts)} configurations of Triton kernels and {len(library)} CUDA C++ kernels; "
         + (f"with problems: {', '.join(bad)}." if bad else _NO_PROBLEMS),
         "",
     ]
-    for (op, architecture), group in _groups(entries):
+    for (op, architecture), group in _groups(facts):
         lines += [f"## {op}, sm_{architecture}", ""]
         columns = ["kernel", "dtype", "width", "options", "tile", *COLUMNS, *RATIOS]
-        lines += _table(columns, [_row(entry, facts[entry.name]) for entry in group])
+        lines += _table(columns, [_row(entry, facts[entry]) for entry in group])
     if library:
         lines += ["## CUDA C++", "", "sm_86 and sm_89 execute the machine code of sm_80.", ""]
         lines += _table(
@@ -84,7 +84,7 @@ def markdown(entries: Sequence[Entry], facts: Mapping[str, CompiledFacts], libra
 
 
 def _row(entry: Entry, facts: CompiledFacts) -> list[str]:
-    options = "on" if entry.options else "-"
+    options = ", ".join(entry.options).lower() or "-"
     configuration = [entry.kernel, entry.dtype, str(entry.width or "any"), options, tile_text(entry.tile)]
     return [*configuration, *(column(facts) for column in COLUMNS.values()), *ratios(entry, facts)]
 
@@ -124,7 +124,7 @@ def _named(facts: CompiledFacts, kinds: Sequence[str]) -> str:
     return " ".join(f"{facts.loop_counts[kind]} {kind}" for kind in kinds if facts.loop_counts[kind]) or "-"
 
 
-def _groups(entries: Sequence[Entry]) -> Iterator[tuple[tuple[str, int], list[Entry]]]:
+def _groups(entries: Iterable[Entry]) -> Iterator[tuple[tuple[str, int], list[Entry]]]:
     groups: dict[tuple[str, int], list[Entry]] = {}
     for entry in entries:
         groups.setdefault((entry.op, entry.architecture), []).append(entry)

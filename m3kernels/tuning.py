@@ -2,8 +2,9 @@
 
 For every kernel, arithmetic and width of the table, each candidate runs in the whole forward or backward pass with the
 other kernels' tiles left as they are; the candidate with the smallest median time wins. Candidates that need more
-shared memory or registers than the device has are passed over. Run by hand, once for a new architecture; never at a
-start.
+shared memory or registers than the device has are passed over. Entries with options are measured with these options,
+but those for listed pairs, which no op runs alone, stay as they are. Run by hand, once for a new architecture; never at
+a start.
 """
 
 from __future__ import annotations
@@ -99,16 +100,19 @@ def tune(
     timer = timer or _bench
     entries: _tiles.Entries = json.loads(json.dumps(start.entries))
     for kernel, tiles in (candidates or CANDIDATES[op]).items():
-        for arithmetic, widths in entries[kernel].items():
-            for width, current in widths.items():
-                call = _call(op, kernel, arithmetic, int(width), device, problem or Problem())
+        for arithmetic, listed in entries[kernel].items():
+            for key, current in listed.items():
+                width, _, options = key.partition(" ")
+                if "listed" in options:
+                    continue
+                call = _call(op, kernel, arithmetic, int(width), options, device, problem or Problem())
                 times = {}
                 for tile in {tuple(current), *map(tuple, tiles)}:
-                    widths[width] = list(tile)
+                    listed[key] = list(tile)
                     times[tile] = _time(timer, call, replace(start, entries=entries))
                 fastest = min(times, key=lambda tile: (times[tile], tile != tuple(current)))
-                widths[width] = list(fastest)
-                report(f"{op} {kernel} {arithmetic} {width}: {list(fastest)} {times[fastest]:.3f} ms, was {current}")
+                listed[key] = list(fastest)
+                report(f"{op} {kernel} {arithmetic} {key}: {list(fastest)} {times[fastest]:.3f} ms, was {current}")
     return entries
 
 
@@ -143,12 +147,12 @@ def _time(timer: Timer, call: Callable[[_tiles.TileTable], object], table: _tile
 
 
 def _call(
-    op: str, kernel: str, arithmetic: str, width: int, device: torch.device, problem: Problem
+    op: str, kernel: str, arithmetic: str, width: int, options: str, device: torch.device, problem: Problem
 ) -> Callable[[_tiles.TileTable], object]:
-    """The pass that runs `kernel`, as a function of the table."""
+    """The pass that runs `kernel` with `options`, as a function of the table."""
     dtype = torch.bfloat16 if arithmetic == "16bit" else torch.float32
     make = _attention_call if op == "attention" else _maxsim_call
-    return make(kernel, dtype, arithmetic == "tf32", width, device, problem)
+    return make(kernel, dtype, arithmetic == "tf32", width, options, device, problem)
 
 
 def _offsets(count: int, length: int, device: torch.device) -> Tensor:
@@ -156,14 +160,15 @@ def _offsets(count: int, length: int, device: torch.device) -> Tensor:
 
 
 def _attention_call(
-    kernel: str, dtype: torch.dtype, allow_tf32: bool, width: int, device: torch.device, problem: Problem
+    kernel: str, dtype: torch.dtype, allow_tf32: bool, width: int, on: str, device: torch.device, problem: Problem
 ) -> Callable[[_tiles.TileTable], object]:
     from m3kernels.attention import triton_kernels
 
     shape = (problem.sequences * problem.length, problem.heads, width)
     q, k, v, grad = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
     offsets = _offsets(problem.sequences, problem.length, device)
-    options = triton_kernels.Options(width**-0.5, None, 0.0, 0, allow_tf32)
+    keep, dropout = 0.5 if "sampled" in on else None, 0.1 if "dropout" in on else 0.0
+    options = triton_kernels.Options(width**-0.5, keep, dropout, 0, allow_tf32)
     if kernel == "forward":
         return lambda table: triton_kernels.forward(q, k, v, offsets, options, table)
     out, log_sum_exp = torch.zeros_like(q), torch.zeros(shape[1], shape[0], device=device)
@@ -171,7 +176,7 @@ def _attention_call(
 
 
 def _maxsim_call(
-    kernel: str, dtype: torch.dtype, allow_tf32: bool, width: int, device: torch.device, problem: Problem
+    kernel: str, dtype: torch.dtype, allow_tf32: bool, width: int, on: str, device: torch.device, problem: Problem
 ) -> Callable[[_tiles.TileTable], object]:
     from m3kernels.maxsim import triton_kernels
 
@@ -188,12 +193,13 @@ def _maxsim_call(
         _offsets(queries, query_length, device),
         _offsets(problem.passages, problem.passage_length, device),
     )
+    floor = torch.ones(problem.passages, dtype=torch.bool, device=device) if "floor" in on else None
     if kernel == "forward":
-        return lambda table: triton_kernels.forward(*tensors, None, True, True, allow_tf32, table)
+        return lambda table: triton_kernels.forward(*tensors, floor, True, "save" in on, allow_tf32, table)
     if kernel == "pairs_forward":
         numbers = torch.arange(problem.passages, dtype=torch.int32, device=device)
         pairs = torch.stack([numbers % queries, numbers], dim=1)
-        return lambda table: triton_kernels.pairs_forward(*tensors, pairs, None, True, allow_tf32, table)
+        return lambda table: triton_kernels.pairs_forward(*tensors, pairs, floor, "mean" in on, allow_tf32, table)
     grad = torch.ones(queries, problem.passages, device=device)
     winners = torch.randint(passages.shape[0], (rows.shape[0], problem.passages), dtype=torch.int32, device=device)
     return lambda table: triton_kernels.backward(grad, *tensors, None, winners, True, allow_tf32, table)

@@ -29,15 +29,14 @@ struct QueryBlock {
 // kPanel keys; the first of them is row `first` of the sequence, `count` of them exist.
 struct KeyPanel {
   const float* keys;    // [width][kPanel], times scale · log2(e)
-  const float* values;  // [width][kPanel]
+  const float* values;  // [width][kPanel], times dropout_factor
   float* grad_k;        // [width][kPanel], lacks `scale`
-  float* grad_v;
+  float* grad_v;        // lacks dropout_factor
   int64_t first, count;
 };
 
 struct BackwardOptions {
   uint32_t keep_limit, dropout_limit;
-  float dropout_factor;
 };
 
 template <int R>
@@ -111,7 +110,7 @@ void meet(
         const Floats probability = load(at);
         Floats grad;
         if constexpr (kDropout) {
-          const Floats kept = multiply(larger(splat(0.f), probability), splat(options.dropout_factor));
+          const Floats kept = larger(splat(0.f), probability);
           store(at, kept);
           grad = subtract(multiply(kept, grads[r][v]), multiply(magnitude(probability), delta));
         } else {
@@ -189,7 +188,7 @@ void attention_backward(
 
   const int32_t head = keys.head;
   const int64_t begin = call.bounds[keys.sequence], length = call.rows(keys.sequence);
-  const BackwardOptions options{call.keep_limit, call.dropout_limit, call.dropout_factor};
+  const BackwardOptions options{call.keep_limit, call.dropout_limit};
   Meet* const meet_panel = meet_for(call);
   for (int64_t first = keys.first; first < keys.last; first += key_block) {
     const int64_t count = std::min<int64_t>(key_block, keys.last - first);
@@ -197,7 +196,7 @@ void attention_backward(
     const HeadRows<const T>&k = tensors.k, &v = tensors.v;
     const T* const k_rows = k.at(begin + first, head);
     pack_panels(k_rows, k.row_stride, count, call.width, width, call.scale * kLog2E, packed_keys);
-    pack_panels(v.at(begin + first, head), v.row_stride, count, call.width, width, 1.f, packed_values);
+    pack_panels(v.at(begin + first, head), v.row_stride, count, call.width, width, call.dropout_factor, packed_values);
     for (int64_t e = 0; e < width; e += kPanel) {
       float* const panel = key_rows + e * panels * kPanel;
       const int64_t used = std::min<int64_t>(kPanel, std::max<int64_t>(call.width - e, 0));
@@ -243,7 +242,7 @@ void attention_backward(
       const int64_t rows = std::min<int64_t>(kPanel, count - at);
       const HeadRows<T>&dk = tensors.grad_k, &dv = tensors.grad_v;
       write_transposed(grad_k + at * width, rows, call.width, call.scale, dk.at(begin + first + at, head), dk.row_stride);
-      write_transposed(grad_v + at * width, rows, call.width, 1.f, dv.at(begin + first + at, head), dv.row_stride);
+      write_transposed(grad_v + at * width, rows, call.width, call.dropout_factor, dv.at(begin + first + at, head), dv.row_stride);
     }
   }
 }

@@ -23,6 +23,7 @@ Addresses: a 64-bit base for each tile plus 32-bit offsets within it.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,10 @@ from m3kernels._tiles import TileTable
 from m3kernels.attention.reference import keep_limit
 
 HEAD_WIDTHS = (32, 64, 128)
+OPTION_SETS = dict.fromkeys(
+    ("forward", "backward_q", "backward_kv"), ((), ("SAMPLED",), ("DROPOUT",), ("SAMPLED", "DROPOUT"))
+)
+"""Kernel → the sets of compile-time switches that calls turn on."""
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 _GOLDEN = tl.constexpr(0x9E3779B1)
@@ -53,6 +58,12 @@ class Options:
     seed: int
     allow_tf32: bool
 
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """The compile-time switches that are on; one of OPTION_SETS."""
+        on = {"SAMPLED": self.keep_probability is not None, "DROPOUT": self.dropout_p > 0.0}
+        return tuple(name for name in on if on[name])
+
     def kernel_arguments(self) -> dict[str, Any]:
         """Arguments that all kernels share: numbers of the hash as int32 bit patterns, and compile-time switches."""
         keep = 1.0 if self.keep_probability is None else self.keep_probability
@@ -62,8 +73,7 @@ class Options:
             "keep_limit": _as_int32(keep_limit(keep)),
             "dropout_limit": _as_int32(keep_limit(1.0 - self.dropout_p)),
             "dropout_factor": 1.0 / (1.0 - self.dropout_p),
-            "SAMPLED": self.keep_probability is not None,
-            "DROPOUT": self.dropout_p > 0.0,
+            **_constants(self.switches),
             "PRECISION": "tf32" if self.allow_tf32 else "ieee",
         }
 
@@ -80,7 +90,7 @@ def forward(
     sequences = offsets.shape[0] - 1
     if rows == 0 or heads == 0:
         return out, log_sum_exp
-    tile = tiles.find("forward", q.dtype, width, options.allow_tf32)
+    tile = tiles.find("forward", q.dtype, width, options.allow_tf32, options.switches)
     forward_kernel[(rows // tile.block_m + sequences, heads)](
         q, k, v, out, log_sum_exp, offsets, sequences, rows,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
@@ -112,12 +122,12 @@ def backward(
     delta = torch.empty_like(log_sum_exp)
     strides = [x.stride(axis) for x in (q, k, v, grad_out) for axis in (0, 1)]
     shared = options.kernel_arguments()
-    tile = tiles.find("backward_q", q.dtype, width, options.allow_tf32)
+    tile = tiles.find("backward_q", q.dtype, width, options.allow_tf32, options.switches)
     backward_q_kernel[(rows // tile.block_m + sequences, heads)](
         q, k, v, out, grad_out, grad_q, log_sum_exp, delta, offsets, sequences, rows, *strides,
         WIDTH=width, **shared, **tile.launch_options(),
     )  # fmt: skip
-    tile = tiles.find("backward_kv", q.dtype, width, options.allow_tf32)
+    tile = tiles.find("backward_kv", q.dtype, width, options.allow_tf32, options.switches)
     backward_kv_kernel[(rows // tile.block_n + sequences, heads)](
         q, k, v, grad_out, grad_k, grad_v, log_sum_exp, delta, offsets, sequences, rows, *strides,
         WIDTH=width, **shared, **tile.launch_options(),
@@ -126,9 +136,9 @@ def backward(
 
 
 def compiled_arguments(
-    kernel: Any, dtype: str, width: int, options: bool
+    kernel: Any, dtype: str, width: int, options: Collection[str]
 ) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
-    """For ahead-of-time compilation: Triton types of a kernel's arguments, its constants with every option on or off,
+    """For ahead-of-time compilation: Triton types of a kernel's arguments, its constants with only these switches on,
     and the arguments that are multiples of 16 bytes or elements, as `forward` and `backward` pass them."""
     types = {"scale": "fp32", "dropout_factor": "fp32"}
     types |= {"log_sum_exp_ptr": "*fp32", "delta_ptr": "*fp32", "offsets_ptr": "*i32"}
@@ -137,7 +147,11 @@ def compiled_arguments(
         default = f"*{dtype}" if name.endswith("_ptr") else "constexpr" if name.isupper() else "i32"
         signature[name] = types.get(name, default)
     aligned = tuple(name for name in signature if name.endswith(("_ptr", "_row", "_head")))
-    return signature, {"WIDTH": width, "SAMPLED": options, "DROPOUT": options}, aligned
+    return signature, {"WIDTH": width, **_constants(options)}, aligned
+
+
+def _constants(switches: Collection[str]) -> dict[str, bool]:
+    return {name: name in switches for name in ("SAMPLED", "DROPOUT")}
 
 
 def _check(q: Tensor) -> None:

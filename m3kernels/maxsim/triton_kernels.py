@@ -23,6 +23,7 @@ NaN. Addresses are a 64-bit base for each tile plus 32-bit offsets within it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -35,6 +36,16 @@ from m3kernels.attention.triton_kernels import find_tile
 
 MOST_QUERY_ROWS = 128
 """Query rows in the widest tile: a call with fewer takes a narrower tile from the table."""
+OPTION_SETS = {
+    "forward": (
+        (), ("FLOOR",), ("SAVE",), ("FLOOR", "SAVE"), ("LISTED", "SAVE"), ("FLOOR", "LISTED", "SAVE"),
+    ),
+    "pairs_forward": ((), ("FLOOR",), ("MEAN",), ("FLOOR", "MEAN")),
+    "sum": ((), ("MEAN",)),
+    "backward_q": ((),),
+    "backward_p": ((),),
+}  # fmt: skip
+"""Kernel → the sets of compile-time switches that calls turn on; LISTED is there to find winners again, with SAVE."""
 SUM_BLOCKS = {"BLOCK_P": 32, "BLOCK_R": 32}
 """Passages and query rows at a time in the small kernel that sums the maxima."""
 
@@ -98,11 +109,12 @@ def pairs_forward(
     scores = torch.empty(pairs.shape[0], dtype=torch.float32, device=queries.device)
     if not pairs.shape[0]:
         return scores
-    tile = tiles.find("pairs_forward", queries.dtype, 32, allow_tf32)
+    switches = {"FLOOR": zero_floor is not None, "MEAN": mean}
+    tile = tiles.find("pairs_forward", queries.dtype, 32, allow_tf32, _turned_on(switches))
     pairs_forward_kernel[(pairs.shape[0],)](
         queries.contiguous(), passages.contiguous(), query_offsets, passage_offsets, pairs.contiguous(),
         passage_offsets if zero_floor is None else zero_floor, scores, queries.shape[1],
-        FLOOR=zero_floor is not None, MEAN=mean, PRECISION=_precision(allow_tf32), **tile.launch_options(),
+        **switches, PRECISION=_precision(allow_tf32), **tile.launch_options(),
     )  # fmt: skip
     return scores
 
@@ -153,14 +165,14 @@ def _best_rows(
     argmax = passage_offsets.new_empty((rows if save_argmax else 0, count))
     if not best.numel():
         return best, argmax
-    tile = tiles.find("forward", queries.dtype, min(rows, MOST_QUERY_ROWS), allow_tf32)
+    switches = {"FLOOR": zero_floor is not None, "LISTED": listed is not None, "SAVE": save_argmax}
+    tile = tiles.find("forward", queries.dtype, min(rows, MOST_QUERY_ROWS), allow_tf32, _turned_on(switches))
     forward_kernel[(count * triton.cdiv(rows, tile.block_n),)](
         queries.contiguous(), passages.contiguous(), passage_offsets,
         passage_offsets if zero_floor is None else zero_floor,
         passage_offsets if listed is None else listed,
         passage_offsets if query_of_row is None else query_of_row,
-        best, argmax, rows, count, width,
-        FLOOR=zero_floor is not None, LISTED=listed is not None, SAVE=save_argmax,
+        best, argmax, rows, count, width, **switches,
         PRECISION=_precision(allow_tf32), **tile.launch_options(),
     )  # fmt: skip
     return best, argmax
@@ -197,9 +209,9 @@ def _gather(
 
 
 def compiled_arguments(
-    kernel: Any, dtype: str, width: int, options: bool
+    kernel: Any, dtype: str, width: int, options: Collection[str]
 ) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
-    """For ahead-of-time compilation: Triton types of a kernel's arguments, its constants with every option on or off,
+    """For ahead-of-time compilation: Triton types of a kernel's arguments, its constants with only these switches on,
     and the arguments that are multiples of 16 bytes or elements at every usual width."""
     types = {
         "best_ptr": "*fp32",
@@ -215,9 +227,14 @@ def compiled_arguments(
     for name in kernel.arg_names:
         default = f"*{dtype}" if name.endswith("_ptr") else "constexpr" if name.isupper() else "i32"
         signature[name] = types.get(name, default)
-    switches = dict.fromkeys(("FLOOR", "LISTED", "SAVE", "MEAN"), options)
+    switches = {name: name in options for name in ("FLOOR", "LISTED", "SAVE", "MEAN")}
     aligned = tuple(name for name in signature if name.endswith("_ptr") or name == "width")
     return signature, {name: value for name, value in switches.items() if name in signature}, aligned
+
+
+def _turned_on(switches: dict[str, bool]) -> tuple[str, ...]:
+    """The names that are on; one of OPTION_SETS."""
+    return tuple(name for name in switches if switches[name])
 
 
 def _precision(allow_tf32: bool) -> str:

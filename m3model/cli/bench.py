@@ -77,12 +77,12 @@ def _static(ops: list[str], arch: list[int] | None, markdown: Path | None, *, ca
         message("The CUDA C++ kernels are not in the table: this installation was built without nvcc.")
     if markdown:
         markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(report.markdown(entries, facts, library))
+        markdown.write_text(report.markdown(facts, library))
     if as_json:
         sys.stdout.write(tables.record_text(facts, library))
     else:
-        _print_tables(entries, facts, library)
-    bad = {entry.name: tables.problems(facts[entry.name], entry.dtype) for entry in entries}
+        _print_tables(facts, library)
+    bad = {entry.name: tables.problems(value, entry.dtype) for entry, value in facts.items()}
     bad |= {name: tables.problems(value, "fp32") for name, value in library.items()}
     for name, reasons in bad.items():
         for reason in reasons:
@@ -94,7 +94,7 @@ def _static(ops: list[str], arch: list[int] | None, markdown: Path | None, *, ca
     )
 
 
-def _print_tables(entries: list[Entry], facts: dict[str, CompiledFacts], library: dict[str, CompiledFacts]) -> None:
+def _print_tables(facts: dict[Entry, CompiledFacts], library: dict[str, CompiledFacts]) -> None:
     from m3kernels.static_report import COLUMNS, RATIOS, SHORT, ratios, tile_text
     from m3model.cli.output import print_table
 
@@ -103,8 +103,7 @@ def _print_tables(entries: list[Entry], facts: dict[str, CompiledFacts], library
 
     right = " ".join(("kernel", *SHORT))
     rows = [
-        [entry.name, tile_text(entry.tile), *cells(facts[entry.name]), ratios(entry, facts[entry.name])[0]]
-        for entry in entries
+        [entry.name, tile_text(entry.tile), *cells(value), ratios(entry, value)[0]] for entry, value in facts.items()
     ]
     print_table(["kernel", "tile", *SHORT, RATIOS[0]], rows, right=right)
     if library:

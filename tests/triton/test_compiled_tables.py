@@ -22,6 +22,7 @@ import triton.language as tl
 
 from m3kernels import _library, compiled_facts, compiled_tables, machine_code, static_report
 from m3kernels.compiled_facts import CompiledFacts, compile_facts
+from m3kernels.compiled_tables import Entry
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "gpu_static.json"
@@ -49,8 +50,9 @@ def record() -> dict[str, Any]:
     return stored
 
 
-def recorded() -> dict[str, CompiledFacts]:
-    return {name: facts for name, (_, facts) in record()["entries"].items()}
+def recorded() -> dict[Entry, CompiledFacts]:
+    held = record()["entries"]
+    return {entry: held[entry.name][1] for entry in ENTRIES if entry.name in held}
 
 
 def test_the_record_holds_every_shipped_configuration_as_it_is_now() -> None:
@@ -60,26 +62,22 @@ def test_the_record_holds_every_shipped_configuration_as_it_is_now() -> None:
 
 def test_the_document_is_made_from_the_record() -> None:
     written = (ROOT / "docs" / "gpu_static.md").read_text()
-    assert written == static_report.markdown(ENTRIES, recorded(), record()["library"]), f"stale: {REMAKE}"
+    assert written == static_report.markdown(recorded(), record()["library"]), f"stale: {REMAKE}"
 
 
 def test_no_configuration_has_problems() -> None:
-    facts = recorded()
-    bad = {entry.name: compiled_tables.problems(facts[entry.name], entry.dtype) for entry in ENTRIES}
+    bad = {entry.name: compiled_tables.problems(facts, entry.dtype) for entry, facts in recorded().items()}
     assert not {name: reasons for name, reasons in bad.items() if reasons}
 
 
 def test_cards_with_100_kib_are_served_within_their_99_kib_a_block() -> None:
-    facts = recorded()
     for architecture in (86, 89):
-        sizes = {e.name: facts[e.name].shared_bytes for e in ENTRIES if e.architecture == architecture}
+        sizes = {e.name: facts.shared_bytes for e, facts in recorded().items() if e.architecture == architecture}
         assert sizes and max(sizes.values()) <= 99 << 10, sizes
 
 
 def test_16_bit_products_run_on_the_newest_tensor_cores_tf32_on_some_and_ieee_float32_on_none() -> None:
-    facts = recorded()
-    for entry in ENTRIES:
-        own = facts[entry.name]
+    for entry, own in recorded().items():
         used = [kind for kind in machine_code.TENSOR_CORE if own.loop_counts[kind]]
         if entry.dtype == "fp32" or not own.products:
             assert not used, (entry.name, used)
@@ -92,9 +90,7 @@ def test_16_bit_products_run_on_the_newest_tensor_cores_tf32_on_some_and_ieee_fl
 def test_the_main_loop_holds_the_products_of_the_source_in_16_bits_without_one_too_many() -> None:
     """Warps beyond a tile's rows repeat its products. Small tf32 tiles put up with that, and so does the gradient of
     keys at width 128 on sm_90: its tiles without repetition (64x64 of 4 warps, 64x128 of 8) spill 40 to 264 bytes."""
-    facts = recorded()
-    for entry in ENTRIES:
-        own = facts[entry.name]
+    for entry, own in recorded().items():
         if own.loop_tensor_flops:
             turns = own.loop_tensor_flops * own.num_warps / entry.block_flops
             repeats = entry.dtype == "tf32" or (entry.architecture, entry.kernel, entry.width) == (
@@ -106,7 +102,7 @@ def test_the_main_loop_holds_the_products_of_the_source_in_16_bits_without_one_t
 
 
 def test_no_kernel_uses_atomics() -> None:
-    assert not [name for name, facts in recorded().items() if facts.counts["atomic"]]
+    assert not [entry.name for entry, facts in recorded().items() if facts.counts["atomic"]]
 
 
 def test_configurations_compiled_now_equal_the_record() -> None:
@@ -114,8 +110,8 @@ def test_configurations_compiled_now_equal_the_record() -> None:
     plain = [entry for entry in ENTRIES if entry.dtype == "bf16" and not entry.options]
     some = list({(entry.op, entry.architecture, entry.kernel): entry for entry in reversed(plain)}.values())[::5]
     assert len(some) >= 6
-    for name, value in compiled_tables.compile_entries(some).items():
-        assert value == facts[name], name
+    for entry, value in compiled_tables.compile_entries(some).items():
+        assert value == facts[entry], entry.name
 
 
 @pytest.mark.skipif(_library.CUDA_LIBRARY is None, reason="built without nvcc")

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from m3kernels import _tiles, compiled_tables, tuning
 from m3kernels.compiled_facts import CompiledFacts
+from m3kernels.compiled_tables import Entry
 from m3model.cli.app import app
 
 RECORD = Path(__file__).parents[3] / "benchmarks" / "results" / "gpu_static.json"
@@ -29,8 +30,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, CompiledFacts]:
     """Facts out of the record instead of a compiler; what a test changes in them is what the command sees."""
     facts = {name: value for name, (_, value) in compiled_tables.read_record(RECORD)["entries"].items()}
 
-    def compile_entries(entries: Any, cache: Path | None, advance: Any) -> dict[str, CompiledFacts]:
-        return {entry.name: facts[entry.name] for entry in entries}
+    def compile_entries(entries: Any, cache: Path | None, advance: Any) -> dict[Entry, CompiledFacts]:
+        return {entry: facts[entry.name] for entry in entries}
 
     monkeypatch.setattr(compiled_tables, "compile_entries", compile_entries)
     monkeypatch.setattr(compiled_tables, "library_entries", lambda architectures: {})

@@ -56,6 +56,30 @@ def test_the_fastest_candidate_is_taken_and_survives_the_file(op: str, tmp_path:
     assert tables["sm_90"] == tuned and tables["sm_86"] == {"forward": {"16bit": {"32": [1, 2, 3, 4]}}}
 
 
+def test_entries_with_options_are_measured_with_them_and_listed_pairs_are_left() -> None:
+    tile = [32, 32, 512, 4, 1]
+    listed = {"32": tile, "32 save": tile, "32 floor+save": tile, "32 listed+save": tile}
+    table = _tiles.TileTable(80, {"forward": {"16bit": listed}})
+    asked: list[tuple[str, ...]] = []
+
+    class Asked(_tiles.TileTable):
+        def find(self, kernel, dtype, width, allow_tf32, options=()):  # type: ignore[no-untyped-def]
+            asked.append(tuple(options))
+            return super().find(kernel, dtype, width, allow_tf32, options)
+
+    def timer(call: Callable[[], object]) -> float:
+        call()
+        return -float(len(asked))
+
+    start = Asked(table.architecture, table.entries)
+    tuned = tuning.tune(
+        "maxsim", torch.device("cpu"), start, timer=timer, candidates={"forward": [[16, 32, 512, 4, 1]]},
+        problem=SMALL, report=lambda _: None,
+    )  # fmt: skip
+    assert sorted(asked) == sorted(2 * [(), ("SAVE",), ("FLOOR", "SAVE")])
+    assert tuned["forward"]["16bit"]["32 listed+save"] == tile
+
+
 def test_a_tile_that_the_device_cannot_hold_is_passed_over() -> None:
     def timer(call: Callable[[], object]) -> float:
         raise OutOfResources(300_000, 232_448, "shared memory")
