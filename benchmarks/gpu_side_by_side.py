@@ -272,23 +272,33 @@ rows, 64 passages of 128).
 byte that it loads from global memory or L2; FLOPs on padding and on products that warps repeat count in. *spilled B*:
 stack of a thread. Higher is better for both ratios, 0 for spills.
 
+Where a public kernel is ahead in a figure, other tiles of ours were compiled: [gpu_tile_trials.md](gpu_tile_trials.md)
+lists what came of it.
+
 - Forward attention: more FLOPs for each instruction than every peer, and no spills. flash-attention-triton's tiles of
-  128 keys load half the bytes, but with this Triton they spill 2 to 14 KB.
+  256 query rows load **half the bytes, and at width 64 on sm_80 have twice the occupancy**, but with this Triton they
+  spill 2 to 14 KB. Ours of 256 rows do not on sm_90; they are not shipped, because a text of 100 tokens would compute
+  256 rows.
 - Backward attention: ours is two deterministic kernels of 3 and 4 products, flash-attention-triton's is one of 5 that
-  adds to grad_q in global memory. In instructions for the five products that are needed, ours at width 64 is close on
-  sm_80 (6/809 + 8/824 against 10/547) and ahead on sm_90 (6/1225 + 8/1298 against 10/593). **Ours loads more bytes**:
-  on sm_80 6/96 + 8/114 against 10/256, on sm_90 6/192 + 8/228 against 10/179, its traffic to grad_q not counted.
-  Larger tiles spill (docs/gpu_static.md guards that); a single pass would give up the fixed order of additions.
-- At width 128 on sm_90 our gradient of keys repeats a product in a second warp group (1.5 times the products),
-  because the tiles that do not, 64x64 with 4 warps and 64x128 with 8, spill 40 to 264 bytes: tried, not shipped.
-- Late interaction forward: more FLOPs for each instruction and byte than both peers at both widths.
-- **Late interaction's gradient of passages has fewer FLOPs for each instruction than late-interaction-kernels'**: its
-  one-hot side is float32, multiplied in tf32, to keep the range of gradients. It loads a third of the bytes and does
-  not spill at width 1024, where theirs does. Tried at E = 1024, not shipped: a bf16 one-hot side makes it 580 on sm_80
-  and 482 on sm_90 (280 and 443 now) without spills, but rounds each weight to 8 bits before the sum, and has no float16
-  counterpart that keeps small gradients; tiles of 128x128 in tf32 make it 331 and 790, and 93 FLOP/B for 47, without
-  spills, but halve the blocks that a multiprocessor holds and idle on passages of fewer than 128 rows. Which is faster
-  only a GPU tells.
+  adds to grad_q in global memory. In instructions for the five products that are needed, ours at width 64 is ahead on
+  both (sm_80: 6/906 + 8/907 = 0.0154 against 10/547 = 0.0183; sm_90: 0.0111 against 0.0169). **Its loop loads fewer
+  bytes**: 10/256 against 6/192 + 8/205 on sm_80 (0.039, 0.070), 10/179 against 6/192 + 8/228 on sm_90 (0.056, 0.066).
+  That leaves out its sums of grad_q, float32 numbers that each block of N keys reads and writes again: 8 bytes for 10·N
+  FLOPs, so 10/160 = 0.0625 more at its largest N, 128. With them it moves more than ours on both. A single pass would
+  also give up the fixed order of additions.
+- At width 128 flash-attention-triton (which spills) and flash-linear-attention (6 KB) are ahead of ours by 3 to 11 %
+  in the bytes of single passes. Of the tiles tried, those that change it spill, exceed the 99 KiB of RTX cards (which
+  share sm_80's table) or, on sm_90, have 256 rows.
+- Late interaction forward: more FLOPs for each instruction and byte than both peers at both widths, at **lower
+  occupancy** (12 % against 50 % at width 128; 12 % against 19 % at width 1024 on sm_90). Of our tiles 64x64x32 has 38 %
+  on sm_80 and 50 % on sm_90, with half the FLOPs for each byte and a half to a fifth for each instruction of the tile
+  that ships; that is still more than theirs at width 128.
+- **Late interaction's gradient of passages has fewer FLOPs for each instruction than late-interaction-kernels'** on
+  sm_80, and at width 1024 on sm_90, where theirs spills: its one-hot side is float32, multiplied in tf32, to keep the
+  range of gradients. It loads a third of the bytes. Occupancy at width 128 is 25 % against 31 %. Tried, not shipped:
+  a bf16 one-hot side makes it 580 on sm_80 and 482 on sm_90 (280 and 533 now) without spills, but rounds each weight to
+  8 bits before the sum, and has no float16 counterpart that keeps small gradients; tiles of 128x128 in tf32 make it 345
+  and 790, with half the bytes and half the blocks on a multiprocessor, and idle on passages of fewer than 128 rows.
 """
 
 

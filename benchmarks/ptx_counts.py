@@ -1,6 +1,6 @@
 """Every compiled GPU kernel executed on the CPU: errors at small ragged shapes, and counts at a working shape.
 
-    python -m benchmarks.ptx_counts          # all (about 10 minutes of one core); --only counts | errors for a part
+    python -m benchmarks.ptx_counts          # all (6 minutes of one core); --only counts | errors for a part
 
 writes benchmarks/results/ptx_counts.json and docs/gpu_counts.md. The kernels are sm_80 PTX from Triton and nvcc, run by
 tests/ptx/simulator: instructions of warps, products, 32-byte sectors of global memory (what L1 asks of L2) and

@@ -1,0 +1,236 @@
+"""Other tiles for the kernels that stand beside public ones: could any be ahead of them in everything? No GPU.
+
+    python -m benchmarks.gpu_tile_trials       writes docs/gpu_tile_trials.md and its JSON in benchmarks/results
+
+For each kernel of benchmarks/results/gpu_side_by_side.json a grid of tiles is compiled. Three figures count, each
+better when higher: tensor-core FLOPs of the main loop for each instruction and for each byte loaded, and occupancy.
+Tiles that spill, exceed the card's shared memory or repeat products in several warps are out. Of the others the
+undominated ones are listed, with what the best public kernel reaches in each figure.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from tqdm import tqdm
+
+from m3kernels import compiled_tables
+from m3kernels.compiled_facts import CompiledFacts
+from m3kernels.compiled_tables import Entry
+from m3kernels.static_report import tile_text
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDE_BY_SIDE = ROOT / "benchmarks" / "results" / "gpu_side_by_side.json"
+RECORD = ROOT / "benchmarks" / "results" / "gpu_tile_trials.json"
+DOCUMENT = ROOT / "docs" / "gpu_tile_trials.md"
+
+Tile = tuple[int, ...]
+Figures = tuple[float, float, float]
+FIGURES = ("FLOP/instr.", "FLOP/B", "occupancy")
+
+GRIDS: dict[tuple[str, str], list[Tile]] = {
+    ("attention", "forward"): list(itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3))),
+    ("attention", "backward_q"): list(itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2,))),
+    ("attention", "backward_kv"): list(itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2,))),
+    ("maxsim", "forward"): list(itertools.product((64, 128), (64, 128), (32, 64), (4, 8), (2, 3))),
+    ("maxsim", "backward_p"): list(itertools.product((32, 64, 128), (64, 128), (32, 64), (4, 8), (2,))),
+}
+"""(op, kernel) → tiles to compile, in the form of tiles.json."""
+
+_TALL = "A tile of 256 rows is not shipped: a text of 100 tokens would compute 256 rows."
+_ROOM = "Tiles that load less spill with options, or exceed the 99 KiB of RTX cards, which take sm_80's table."
+_STAGES = "Three stages instead of two: one more tile under way in each block."
+_TF32 = "Its one-hot side is tf32 to keep the range of gradients, at half the rate of 16 bits; see gpu_side_by_side.md."
+WHY = {
+    "attention/sm_80/forward/bf16/64": f"{_TALL} On sm_86 it spills, with options on sm_80 too.",
+    "attention/sm_80/backward_q/bf16/64": "flash-attention-triton's bytes leave out its sums of grad_q.",
+    "attention/sm_80/backward_kv/bf16/64": (
+        "64x128 spills with sampled attention or dropout. flash-attention-triton's bytes leave out its sums of grad_q."
+    ),
+    "attention/sm_90/forward/bf16/64": _TALL,
+    "attention/sm_90/backward_kv/bf16/64": "A tile of 256 keys is not shipped, for the same reason as 256 query rows.",
+    "attention/sm_80/forward/bf16/128": _TALL,
+    "attention/sm_80/backward_q/bf16/128": _ROOM,
+    "attention/sm_80/backward_kv/bf16/128": _ROOM,
+    "attention/sm_90/forward/bf16/128": f"{_TALL} With dropout 128x128 spills; such calls take 128x64.",
+    "attention/sm_90/backward_q/bf16/128": _TALL,
+    "maxsim/sm_80/forward/bf16/128": (
+        f"64x64x32, the smallest tried, has 38 % and half the FLOPs for each instruction and byte. {_STAGES}"
+    ),
+    "maxsim/sm_90/forward/bf16/128": (
+        f"64x64x32 has 50 %, a fifth of the FLOPs for each instruction and half of those for each byte. {_STAGES}"
+    ),
+    "maxsim/sm_80/backward_p/bf16/1024": _TF32,
+    "maxsim/sm_90/backward_p/bf16/1024": f"{_TF32} 128 passage rows would idle on shorter passages.",
+}
+"""Start of an entry's name → why the tile that ships was kept where another one, or a peer, is ahead in a figure."""
+
+PEER_KERNELS = {
+    "forward": ("_forward_kernel", "parallel_attn_fwd_kernel", "_flash_attn_fwd_kernel", "_maxsim_fwd_kernel",
+                "_maxsim_fwd_kernel_splitd"),
+    "backward_q": ("_create_backward_kernel", "parallel_attn_bwd_kernel_dq"),
+    "backward_kv": ("_create_backward_kernel", "parallel_attn_bwd_kernel_dkv"),
+    "backward_p": ("_bwd_dD_owned_kernel",),
+}  # fmt: skip
+"""Our kernel → the public ones that compute the same (or, in one pass, all gradients of attention)."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One kernel of ours at one width on one architecture: what its grid came to."""
+
+    case: str
+    entry: Entry
+    compiled: int
+    spilled: int
+    unfit: int
+    repeated: int
+    shipped: Figures
+    peers: dict[str, tuple[int, Figures]]
+    """package → bytes spilled, figures"""
+    front: dict[str, Figures]
+    """Undominated tiles of those that are neither spilled, unfit nor repeated."""
+
+    @property
+    def equal_everywhere(self) -> list[str]:
+        """Tiles at least equal to the best that any public kernel reaches in each figure."""
+        best = [max(figures[i] for _, figures in self.peers.values()) for i in range(3)]
+        return [tile for tile, own in self.front.items() if all(a >= b for a, b in zip(own, best, strict=True))]
+
+
+def figures(facts: CompiledFacts) -> Figures:
+    """FLOP/instr., FLOP/B and occupancy of compiled code."""
+    flops = facts.loop_tensor_flops
+    return flops / facts.loop_instructions, flops / facts.loop_load_bytes, facts.occupancy
+
+
+def dominated(one: Figures, by: Figures) -> bool:
+    """Whether `by` is nowhere behind and somewhere ahead."""
+    return by != one and all(a >= b for a, b in zip(by, one, strict=True))
+
+
+def cases() -> Iterator[tuple[str, Entry, dict[str, tuple[int, Figures]]]]:
+    """Case, shipped entry and public kernels, of each of our kernels that has any."""
+    lines = json.loads(SIDE_BY_SIDE.read_text())
+    shipped = {entry.name: entry for entry in compiled_tables.entries()}
+    for line in lines:
+        kernel = line["kernel"].removesuffix("_kernel")
+        if line["package"] != "m3kernels" or kernel not in PEER_KERNELS:
+            continue
+        peers = {
+            other["package"]: (
+                other["spilled_bytes"],
+                (other["flops_per_instruction"], other["flops_per_byte"], other["occupancy"]),
+            )
+            for other in lines
+            if (other["case"], other["architecture"]) == (line["case"], line["architecture"])
+            and other["kernel"] in PEER_KERNELS[kernel]
+            and other["package"] != "m3kernels"
+        }
+        op, column, options = ("attention", line["case"].split()[3].rstrip(","), "plain")
+        if line["case"].startswith("late"):
+            # The table's width is query rows for the forward and E for the gradients, at any E the same code.
+            op, column, options = "maxsim", *(("128", "save") if kernel == "forward" else ("1024", "plain"))
+        yield line["case"], shipped[f"{op}/sm_{line['architecture']}/{kernel}/bf16/{column}/{options}"], peers
+
+
+def trials() -> list[Trial]:
+    """All cases, compiled by as many processes as there are cores, or taken out of the cache of compiled facts."""
+    chosen = list(cases())
+    grid = {entry: [_with_tile(entry, tile) for tile in GRIDS[entry.op, entry.kernel]] for _, entry, _ in chosen}
+    wanted = [*grid, *itertools.chain.from_iterable(grid.values())]
+    with tqdm(total=len(set(wanted)), unit="kernel") as bar:
+        facts = compiled_tables.compile_entries(dict.fromkeys(wanted), compiled_tables.cache_folder(), bar.update)
+    return [_trial(case, entry, {one: facts[one] for one in grid[entry]}, facts[entry], p) for case, entry, p in chosen]
+
+
+def _with_tile(entry: Entry, tile: Tile) -> Entry:
+    return Entry(**{**vars(entry), "tile": tile})
+
+
+def _trial(
+    case: str, entry: Entry, grid: dict[Entry, CompiledFacts], shipped: CompiledFacts, peers: dict[str, Any]
+) -> Trial:
+    spilled = [one for one, facts in grid.items() if facts.spilled]
+    unfit = [
+        one
+        for one, facts in grid.items()
+        if one not in spilled and (not facts.fits or not facts.blocks_per_multiprocessor or not facts.loop_tensor_flops)
+    ]
+    left = {one: facts for one, facts in grid.items() if one not in spilled and one not in unfit}
+    repeated = [one for one, facts in left.items() if facts.loop_tensor_flops * facts.num_warps > one.block_flops]
+    good = {tile_text(one.tile): figures(facts) for one, facts in left.items() if one not in repeated}
+    front = {tile: own for tile, own in good.items() if not any(dominated(own, other) for other in good.values())}
+    return Trial(
+        case, entry, len(grid), len(spilled), len(unfit), len(repeated), figures(shipped), peers,
+        dict(sorted(front.items(), key=lambda item: item[1], reverse=True)),
+    )  # fmt: skip
+
+
+_INTRODUCTION = """# Other tiles for the kernels beside public ones
+
+Made by `python -m benchmarks.gpu_tile_trials` with Triton {triton} on a machine without a GPU: facts of compiled code,
+no time was measured. [gpu_side_by_side.md](gpu_side_by_side.md) compares the tiles that ship with public kernels; here
+{count} other configurations were compiled to see whether any would be at least equal to the best public kernel in
+every figure. Listed are the tiles that no other one beats in all three figures; tiles that spill registers, do not fit
+the card, or repeat a product in several warps (more FLOPs, none of them useful) are out. A public kernel that spills
+keeps its figures, with the bytes in brackets.
+
+Larger tiles load fewer bytes and leave fewer warps on a multiprocessor: occupancy stands against both other figures.
+The tiles that ship favour bytes and instructions, as tensor-core kernels usually do: with copies that run ahead
+(cp.async, wgmma) few warps hide latency. Whether that is right only a GPU tells (`m3 bench --tune`).
+
+A first run of these trials changed five tiles: sm_80's gradients at head width 64 (about twice the FLOPs for each
+byte), sm_90's forward and gradient of keys at width 128 (1.2 and 1.8 times the useful FLOPs for each instruction) and
+MaxSim's gradient of passages on sm_90 (1.2 times).
+"""
+
+
+def markdown(found: list[Trial]) -> str:
+    """The document."""
+    total = sum({trial.entry: trial.compiled for trial in found}.values())
+    lines = [_INTRODUCTION.format(triton=triton.__version__, count=total)]
+    for trial in found:
+        entry = trial.entry
+        lines += [
+            f"## {trial.case}: {entry.kernel}, sm_{entry.architecture}",
+            "",
+            f"{trial.compiled} tiles: {trial.spilled} spill, {trial.unfit} do not fit or compile to no tensor-core "
+            f"loop, {trial.repeated} repeat products.",
+            "",
+            "| | " + " | ".join(FIGURES) + " |",
+            "| --- | --- | --- | --- |",
+            _row(f"**ships: {tile_text(entry.tile)}**", trial.shipped),
+        ]
+        for package, (spilled, own) in trial.peers.items():
+            lines.append(_row(f"{package}{f' (spills {spilled} B)' if spilled else ''}", own))
+        lines += [_row(tile, own) for tile, own in trial.front.items() if tile != tile_text(entry.tile)]
+        equal = trial.equal_everywhere
+        verdict = f"At least equal to every public kernel in everything: {', '.join(equal)}." if equal else (
+            "No tile is at least equal to the best public figure in all three."
+        )  # fmt: skip
+        why = WHY.get(entry.name.rpartition("/")[0])
+        lines += ["", f"{verdict} {why}" if why else verdict, ""]
+    return "\n".join(lines)
+
+
+def _row(name: str, own: Figures) -> str:
+    return f"| {name} | {own[0]:.0f} | {own[1]:.0f} | {100 * own[2]:.0f} % |"
+
+
+def main() -> None:
+    """Write the document and its JSON."""
+    found = trials()
+    rows = ",\n".join(f"  {json.dumps({**asdict(trial), 'entry': trial.entry.name})}" for trial in found)
+    RECORD.write_text(f"[\n{rows}\n]\n")
+    DOCUMENT.write_text(markdown(found))
+
+
+if __name__ == "__main__":
+    main()
