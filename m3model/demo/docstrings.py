@@ -1,6 +1,6 @@
 """The demo's collection: docstrings of torch and numpy as pairs of a summary and the body that it summarises.
 
-    documents    what the modules in MODULES export and the methods of their classes, in that order, each object once
+    documents    what the modules in MODULES export and the methods of their classes, by name, each object once
     summary      first sentence, behind the signature that some docstrings start with
     body         everything after it, at least 200 characters
     no leak      a body that repeats its summary is left out; so is a summary or a body that occurred before
@@ -96,23 +96,24 @@ def choose(pairs: Sequence[Pair], lengths: Sequence[int], budget: int, always: C
 
 
 def _docstrings() -> Iterator[tuple[str, str]]:
-    seen: set[int] = set()
+    seen: dict[int, object] = {}  # holds the objects, lest another one get the id of one that is gone
     for module_name in MODULES:
         with warnings.catch_warnings(), contextlib.suppress(ImportError):
             warnings.simplefilter("ignore")
             module = importlib.import_module(module_name)
-            for name in getattr(module, "__all__", None) or sorted(vars(module)):
+            # numpy makes its __all__ out of sets, whose order is another one in every process.
+            for name in sorted(getattr(module, "__all__", None) or vars(module)):
                 member = getattr(module, name, None)
                 if name.startswith("_") or not _is_documented(member) or id(member) in seen:
                     continue
-                seen.add(id(member))
+                seen[id(member)] = member
                 yield f"{module_name}.{name}", str(member.__doc__)
                 if not isinstance(member, type):
                     continue
                 for method_name, method in sorted(vars(member).items()):
                     inner = getattr(method, "__func__", method)
                     if not method_name.startswith("_") and _is_documented(inner) and id(inner) not in seen:
-                        seen.add(id(inner))
+                        seen[id(inner)] = inner
                         yield f"{module_name}.{name}.{method_name}", str(inner.__doc__)
 
 
