@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
@@ -114,16 +115,18 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "length_buckets"]
 
     def __post_init__(self) -> None:
-        if self.deepspeed:
-            raise ValueError(
-                "deepspeed is set; accepted: fsdp, which cuts weights, gradients and optimizer state over the processes"
-                " as ZeRO stage 3 does. DeepSpeed's engine takes backward passes of a loss only, and a split batch's"
-                " begin at the embeddings"
-            )
+        if self.deepspeed and self.fsdp:
+            raise ValueError(f"deepspeed is {self.deepspeed!r} and fsdp is set; accepted: one of them")
+        if self.deepspeed and find_spec("deepspeed") is None:
+            raise ValueError("deepspeed is set and not installed; accepted: with pip install m3kernels[deepspeed]")
         best_is_asked_for = self.load_best_model_at_end or self.save_strategy == "best"
         if best_is_asked_for and self.metric_for_best_model is None:
             self.metric_for_best_model = f"ndcg@10_{'hybrid' if len(self.heads) > 1 else ''.join(self.heads)}"
         super().__post_init__()
+        if self.deepspeed and self.hf_deepspeed_config.is_zero3():
+            raise ValueError(
+                "deepspeed asks for ZeRO stage 3; accepted: stages 0 to 2, or fsdp, which cuts the weights as it does"
+            )
         if isinstance(self.length_buckets, str):
             raise ValueError(f'length_buckets is {self.length_buckets!r}; accepted: JSON such as {{"500": 48}}')
         unknown = [head for head in self.heads if head not in HEADS]

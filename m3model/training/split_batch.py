@@ -6,7 +6,8 @@
 
 What is added to the parameters' gradients equals that of the whole batch, since the loss depends on the parameters
 through the embeddings only (GradCache, arXiv 2101.06983). It costs one more forward pass; the batch is then limited by
-its embeddings, and with gradient checkpointing a sub-batch by the inputs of its layers.
+its embeddings, and with gradient checkpointing a sub-batch by the inputs of its layers. An engine that takes backward
+passes of a loss only (DeepSpeed's) is given Σ E_i · G_i with G_i constant, whose gradients are the same.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def split_batch_backward(
     sub_batch_tokens: int,
     scale: float = 1.0,
     options: Mapping[str, Any] | None = None,
+    backward: Callable[[Tensor, bool], None] | None = None,
 ) -> M3Loss:
     """Add the gradients of `scale` · loss_of(embeddings of all texts).total to the parameters of `encoder`.
 
@@ -51,6 +53,7 @@ def split_batch_backward(
         sub_batch_tokens: rows of a sub-batch; a longer text makes one of its own.
         scale: 1 / number of accumulated steps, or a gradient scaler's.
         options: further arguments by name of every call of `encoder`, such as which heads to compute.
+        backward: an engine's backward pass; gets a loss of each sub-batch, and whether it is the last one.
 
     Returns:
         The loss, detached and without `scale`.
@@ -94,7 +97,11 @@ def split_batch_backward(
             for place, output in enumerate(outputs):
                 shares.append(gradients[place][taken[place] : taken[place] + output.shape[0]])
                 taken[place] += output.shape[0]
-            torch.autograd.backward(outputs, shares)
+            if backward is None:
+                torch.autograd.backward(outputs, shares)
+            else:
+                products = [(output * share).sum() for output, share in zip(outputs, shares)]
+                backward(torch.stack(products).sum(), number == len(bounds) - 1)
     after.restore()
     rest = [None if part is None else part.detach() for part in loss[1:]]
     return M3Loss(loss.total.detach(), *rest)

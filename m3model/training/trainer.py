@@ -66,6 +66,9 @@ class TrainingDivergedError(RuntimeError):
 class M3Trainer(Trainer):  # type: ignore[misc]
     """Trains an M3Model.
 
+    With DeepSpeed (ZeRO stages 0 to 2) a gradient that is not finite stops the training too, but behind its step, which
+    the engine makes in the backward pass; a loss that is not finite stops it before.
+
     Evaluation gives nDCG@10 of each trained head and of the hybrid on the development set, as
     eval_ndcg@10_dense, _sparse, _multi_vector and _hybrid; each process computes it whole.
     """
@@ -199,7 +202,9 @@ class M3Trainer(Trainer):  # type: ignore[misc]
 
         if self.args.sub_batch_tokens is None:
             loss = loss_of(model(ids, offsets, **options))
-            self.accelerator.backward(scale * loss.total)
+            # DeepSpeed would divide by the accumulated steps once more.
+            exact = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+            self.accelerator.backward(scale * loss.total, **exact)
         else:
             scaler = self.accelerator.scaler
             scaled = scale if scaler is None else scale * float(scaler.scale(torch.ones((), device=ids.device)))
@@ -211,8 +216,14 @@ class M3Trainer(Trainer):  # type: ignore[misc]
                 sub_batch_tokens=self.args.sub_batch_tokens,
                 scale=scaled,
                 options=options,
+                backward=self._engine_backward if self.is_deepspeed_enabled else None,
             )
         return scale * loss.total.detach()
+
+    def _engine_backward(self, loss: Tensor, last: bool) -> None:
+        """DeepSpeed's backward pass, with its step behind the last one that is accumulated."""
+        steps = last and self.accelerator.sync_gradients
+        self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=steps, scale_wrt_gas=False)
 
     def _loss(self, embeddings: M3Embeddings[Any], queries: int, group_size: int, teacher: Tensor | None) -> M3Loss:
         args = self.args

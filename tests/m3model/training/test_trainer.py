@@ -13,6 +13,7 @@ import socket
 import subprocess
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ from m3model.training.sharding import gathered_model
 pytest.importorskip("accelerate")
 
 WORDS = ["river", "mountain", "city", "bridge", "matrix", "vector", "sort", "list", "open", "file", "north", "south"]
+
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """A configuration of DeepSpeed."""
+    automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    cut = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    return {"deepspeed": {**cut, **dict.fromkeys(automatic, "auto")}}
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +216,7 @@ def run_a_rank(rank: int, ranks: int, port: int, task: Any, arguments: tuple[Any
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed takes a GPU that use_cpu leaves alone
     torch.set_num_threads(1)
     task(*arguments)
     torch.distributed.barrier()
@@ -226,7 +238,16 @@ def whole_weights(trainer: M3Trainer) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "changes"), [(2, {}), (4, {}), (2, {"fsdp": True, "gradient_checkpointing": True})], ids=str
+    ("ranks", "changes"),
+    [
+        (2, {}),
+        (4, {}),
+        (2, {"fsdp": True, "gradient_checkpointing": True}),
+        pytest.param(2, {**zero(1), "sub_batch_tokens": None}, marks=needs_deepspeed),
+        pytest.param(2, zero(2), marks=needs_deepspeed),
+        pytest.param(2, {**zero(2), "gradient_accumulation_steps": 2}, marks=needs_deepspeed),
+    ],
+    ids=str,
 )
 def test_several_processes_take_the_steps_of_one(
     still: Path, data: Path, tmp_path: Path, ranks: int, changes: dict[str, Any]
@@ -235,7 +256,7 @@ def test_several_processes_take_the_steps_of_one(
     changes = {**common, **changes}
     several = {**changes, "per_device_train_batch_size": 4 // ranks}
     on_ranks(ranks, train_on_a_rank, still, data, tmp_path / "several", several)
-    one = make(still, data, tmp_path / "one", **{**changes, "fsdp": False})
+    one = make(still, data, tmp_path / "one", **{**changes, "fsdp": False, "deepspeed": None})
     start = weights(one.model)
     one.train()
     found = torch.load(tmp_path / "several" / "results.pt")
@@ -274,6 +295,27 @@ def test_a_sharded_run_goes_on_sharded_and_alone(still: Path, data: Path, tmp_pa
     alone = make(still, data, tmp_path / "alone", max_steps=4)
     alone.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-2"))
     assert curve(alone) == pytest.approx(torch.load(tmp_path / "two" / "curve.pt"), rel=1e-3)
+
+
+def train_in_deepspeed_twice(model: Path, data: Path, out: Path) -> None:
+    settings: dict[str, Any] = {**zero(2), "per_device_train_batch_size": 2, "max_steps": 4, "sub_batch_tokens": 60}
+    whole = make(model, data, out, **settings)
+    whole.train()
+    again = make(model, data, out / "again", **settings)
+    again.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    assert curve(again) == curve(whole)
+    assert largest_difference(weights(again.model), weights(whole.model)) == 0
+
+
+@needs_deepspeed
+def test_a_run_in_deepspeed_goes_on(folder: Path, data: Path, tmp_path: Path) -> None:
+    on_ranks(2, train_in_deepspeed_twice, folder, data, tmp_path)
+
+
+@needs_deepspeed
+def test_the_third_stage_of_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stage 3; accepted: stages 0 to 2"):
+        M3TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **zero(3))
 
 
 class Spoil(TrainerCallback):
