@@ -154,8 +154,7 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             raise ValueError("train_dataset is None; training needs one")
         args = self.args
         if self._lengths is None:
-            tokenize = self._collator.tokenizer_function
-            self._lengths = token_lengths(self.train_dataset, tokenize, args.passage_max_length)
+            self._lengths = self._measured_lengths()
         batches = _Batches(
             self._collator,
             self.train_dataset,
@@ -176,6 +175,18 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+
+    def _measured_lengths(self) -> NDArray[np.int32]:
+        """Tokens of every row; each process measures its share of them."""
+        args, rows = self.args, len(self.train_dataset)
+        bounds = [rows * rank // args.world_size for rank in range(args.world_size + 1)]
+        share = range(bounds[args.process_index], bounds[args.process_index + 1])
+        own = token_lengths(self.train_dataset, self._collator.tokenizer_function, args.passage_max_length, share)
+        if args.world_size == 1:
+            return own
+        parts: list[Any] = [None] * args.world_size
+        dist.all_gather_object(parts, own)
+        return np.concatenate(parts)
 
     # ---- Step
 

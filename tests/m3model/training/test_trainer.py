@@ -225,7 +225,18 @@ def run_a_rank(rank: int, ranks: int, port: int, task: Any, arguments: tuple[Any
 
 def train_on_a_rank(model: Path, data: Path, out: Path, changes: dict[str, Any]) -> None:
     trainer = make(model, data, out, ddp_backend="gloo", **changes)
+    measured, real = [], trainer_module.token_lengths
+
+    def watched(*arguments: Any) -> Any:
+        measured.extend(arguments[3])
+        return real(*arguments)
+
+    trainer_module.token_lengths = watched
     trainer.train()
+    rank, ranks = trainer.args.process_index, trainer.args.world_size
+    assert measured == list(range(24 * rank // ranks, 24 * (rank + 1) // ranks))
+    alone = real(trainer.train_dataset, trainer._collator.tokenizer_function, trainer.args.passage_max_length)
+    assert trainer._lengths.tolist() == alone.tolist()
     whole = whole_weights(trainer)
     if trainer.args.process_index == 0:
         torch.save(
