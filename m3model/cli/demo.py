@@ -12,7 +12,7 @@ def demo(
     folder: Annotated[
         Path, typer.Option(help="Where model, collection and index go; a second run reuses them.")
     ] = Path("demo"),
-    tokens: Annotated[int, typer.Option(min=20_000, help="Tokens of documentation to encode.")] = 150_000,
+    tokens: Annotated[int, typer.Option(min=20_000, help="Tokens of documentation to encode.")] = 190_000,
     steps: Annotated[int, typer.Option(min=0, help="Steps of training.")] = 45,
 ) -> None:
     """Search the documentation of torch and numpy by meaning, in eight languages, with a model trained on the spot."""

@@ -6,7 +6,7 @@
     no leak      a body that repeats its summary is left out; so is a summary or a body that occurred before
 
 All of it cannot be encoded in minutes. The LONGEST longest bodies are always taken, and those that the demo's questions
-ask for; the others follow in the order of a hash of their names until the tokens are used up.
+ask for; the others, of at most USUAL tokens, follow in the order of a hash of their names until the tokens are used up.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import importlib
 import inspect
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-__all__ = ["LONGEST", "MODULES", "Pair", "choose", "collect", "split_docstring"]
+__all__ = ["LONGEST", "MODULES", "USUAL", "Pair", "choose", "collect", "shuffled", "split_docstring"]
 
-LONGEST = 8
+LONGEST = 2
+USUAL = 1000
 MODULES = (
     *("numpy", "numpy.linalg", "numpy.fft", "numpy.random", "numpy.polynomial", "numpy.polynomial.polynomial"),
     *("numpy.lib.stride_tricks", "numpy.lib.format", "numpy.ma", "numpy.strings", "numpy.testing", "numpy.rec"),
@@ -85,7 +86,7 @@ def choose(pairs: Sequence[Pair], lengths: Sequence[int], budget: int, always: C
     """The longest pairs, those named in `always`, and others by their hash while `budget` tokens last; in order."""
     numbers = range(len(pairs))
     by_length = sorted(numbers, key=lambda number: (-lengths[number], pairs[number].name))
-    by_hash = sorted(numbers, key=lambda number: hashlib.sha256(pairs[number].name.encode()).digest())
+    by_hash = [number for number in shuffled(numbers, pairs) if lengths[number] <= USUAL]
     chosen = {*by_length[:LONGEST], *(number for number in numbers if pairs[number].name in always)}
     used = sum(lengths[number] for number in chosen)
     for number in by_hash:
@@ -93,6 +94,11 @@ def choose(pairs: Sequence[Pair], lengths: Sequence[int], budget: int, always: C
             chosen.add(number)
             used += lengths[number]
     return [pairs[number] for number in sorted(chosen)]
+
+
+def shuffled(numbers: Iterable[int], pairs: Sequence[Pair]) -> list[int]:
+    """Numbers of pairs in the order of a hash of the pairs' names."""
+    return sorted(numbers, key=lambda number: hashlib.sha256(pairs[number].name.encode()).digest())
 
 
 def _docstrings() -> Iterator[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """The demo's training: a few minutes of M3's loss on docstrings that are not in the collection.
 
-rows       summary -> body of every pair that the collection does not hold, so no body that is searched is trained on
-loss       all three heads, their hybrid and its distillation into them; the other bodies of a batch are negatives
+rows       summary -> body of pairs that the collection does not hold, so no body that is searched is trained on
+loss       all three heads and their hybrid; the other bodies of a batch are negatives. No distillation: these few steps
+           are what the paper calls warm-up (section 3.3), and heads that are made alike add less to each other
 weights    embeddings and the first LAYERS_FROZEN layers stay: less than half of the work of a step is left
 state      FOLDER/training holds a checkpoint every few steps; a run that was stopped goes on from the last one
 """
@@ -31,6 +32,7 @@ _RECIPE: dict[str, Any] = {
     "learning_rate": 1e-4,
     "head_learning_rate": 2e-3,
     "loss_weights": [1.0, 1.0, 1.0],  # the paper's 0.1 for the sparse head suits more steps than minutes allow
+    "self_distill": False,
     "frozen_layers": 6,
     "warmup_steps": 0.1,
     "seed": 1,

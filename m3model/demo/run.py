@@ -5,6 +5,7 @@ collection    docstrings as pairs of summary and body, by a fixed rule          
 token weights the sparse head fitted to the collection                                FOLDER/model
 before        every summary looks for its body in the index of the model as it is     FOLDER/before.json
 train         all heads on pairs that the collection does not hold                    FOLDER/trained
+hybrid        the sparse head's weight, chosen on pairs that are not trained on       FOLDER/hybrid.json
 index         the bodies encoded by the trained model, and the summaries once more    FOLDER/index
 ask           questions in eight languages
 """
@@ -29,8 +30,9 @@ import numpy as np
 import torch
 
 from m3model.cli.output import document_bar, message, print_table, shortened, stdout
-from m3model.demo.docstrings import Pair, choose, collect
+from m3model.demo.docstrings import Pair, choose, collect, shuffled
 from m3model.demo.fine_tuning import fine_tuned
+from m3model.demo.hybrid_weights import Weights, chosen_weights
 from m3model.demo.questions import QUESTIONS
 from m3model.demo.token_weights import fit_token_weights
 from m3model.embedded import make_embedded_backbone
@@ -40,14 +42,15 @@ from m3model.model import M3Model
 from m3model.retrieval import ExactIndex, Head, fingerprint, same_model
 from m3model.retrieval.storage import is_index
 from m3model.retrieval.streaming import ingest_stream
-from m3model.scoring import DEFAULT_WEIGHTS
 
 __all__ = ["run_demo"]
 
-_RECIPE = 1
+_RECIPE = 2
 _SAMPLE_TOKENS = 12_000
 _BLOCK = 32
 _LEAST_ROWS = 64
+_DEVELOPMENT = 240
+_DEVELOPMENT_CHARACTERS = 1200
 _HEADS: tuple[Head, ...] = ("dense", "sparse", "multi_vector", "all")
 Places = dict[str, list[int]]
 """Of the right body of every pair, by head; 1 for the first, 0 beyond the tenth."""
@@ -65,18 +68,21 @@ def run_demo(folder: Path, tokens: int, steps: int) -> None:
         model = _with_token_weights(folder, model, collection)
     measured, place = [], folder / "model"
     what = f"{len(collection.pairs)} bodies, {collection.tokens} tokens; every summary looks for its body"
-    rows = _training_pairs(collection) if steps else []
-    if len(rows) >= _LEAST_ROWS:
+    rows, development = _other_pairs(collection)
+    chosen_on = f"the sparse head's weight, chosen on {len(development)} pairs that are neither searched nor trained on"
+    if steps and len(rows) >= _LEAST_ROWS:
         with _stage("before", what):
-            measured.append(_before(folder, model, collection))
+            measured.append(_before(folder, model, collection, _hybrid(folder, model, development)))
         with _stage("train", f"{steps} steps on {len(rows)} pairs that the collection does not hold"):
             model, place = fine_tuned(model, rows, folder, steps), folder / "trained"
+    with _stage("hybrid", chosen_on):
+        weights = _hybrid(folder, model, development)
     with _stage("index", what):
         index = _index(folder / "index", place, model, collection)
-        measured.append(_places(index, model, collection.pairs))
+        measured.append(_Measured(weights, _places(index, model, collection.pairs, weights)))
     _show_measured(measured, len(collection.pairs))
     with _stage("ask", f"{len(QUESTIONS)} questions in {len({q.language for q in QUESTIONS})} languages"):
-        _ask(model, index, collection.pairs)
+        _ask(model, index, collection.pairs, weights)
     _say_what_next(folder, place, time.monotonic() - begin)
 
 
@@ -90,10 +96,32 @@ class _Collection(NamedTuple):
         return _sha256("\n".join(pair.name for pair in self.pairs).encode())
 
 
-def _training_pairs(collection: _Collection) -> list[Pair]:
-    """All pairs without those of the collection."""
+class _Measured(NamedTuple):
+    weights: Weights
+    places: Places
+
+
+def _other_pairs(collection: _Collection) -> tuple[list[Pair], list[Pair]]:
+    """Pairs that the collection does not hold: to train on, and a sixth at most, with short bodies, to choose on."""
     held = {pair.name for pair in collection.pairs}
-    return [pair for pair in collect() if pair.name not in held]
+    others = [pair for pair in collect() if pair.name not in held]
+    short = (n for n in shuffled(range(len(others)), others) if len(others[n].body) <= _DEVELOPMENT_CHARACTERS)
+    chosen = set(itertools.islice(short, min(_DEVELOPMENT, len(others) // 6)))
+    numbers = range(len(others))
+    return [others[n] for n in numbers if n not in chosen], [others[n] for n in sorted(chosen)]
+
+
+def _hybrid(folder: Path, model: M3Model, development: Sequence[Pair]) -> Weights:
+    """The hybrid's weights for a model, kept in a file for the next run."""
+    path = folder / "hybrid.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    made_of = json.dumps([fingerprint(model), [pair.name for pair in development]], sort_keys=True)
+    key = _sha256(made_of.encode())
+    if key not in stored:
+        stored[key] = chosen_weights(model, development)
+        write_whole(path, json.dumps(stored))
+    dense, sparse, multi_vector = stored[key]
+    return dense, sparse, multi_vector
 
 
 @contextmanager
@@ -185,51 +213,58 @@ def _index(path: Path, place: Path, model: M3Model, collection: _Collection) -> 
     return index
 
 
-def _before(folder: Path, model: M3Model, collection: _Collection) -> Places:
+def _before(folder: Path, model: M3Model, collection: _Collection, weights: Weights) -> _Measured:
     """What the untrained model finds, kept in a file for the next run; its index is not kept."""
     path, index = folder / "before.json", folder / "before"
-    made_of = {"model": fingerprint(model), "pairs": collection.names}
+    made_of = {"model": fingerprint(model), "pairs": collection.names, "weights": list(weights)}
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if stored.get("made_of") != made_of:
-        places = _places(_index(index, folder / "model", model, collection), model, collection.pairs)
+        places = _places(_index(index, folder / "model", model, collection), model, collection.pairs, weights)
         stored = {"made_of": made_of, "places": places}
         write_whole(path, json.dumps(stored))
     if index.is_dir():
         shutil.rmtree(index)
-    return dict(stored["places"])
+    return _Measured(weights, dict(stored["places"]))
 
 
-def _places(index: ExactIndex, model: M3Model, pairs: Sequence[Pair]) -> Places:
+def _places(index: ExactIndex, model: M3Model, pairs: Sequence[Pair], weights: Weights) -> Places:
     """The place of the right body of every pair under each head, among all bodies."""
     queries = model.encode([pair.summary for pair in pairs], role="query")
     places: Places = {}
     for head in _HEADS:
-        rankings = index.search(queries, 10, head=head, rerank=None)
+        rankings = index.search(queries, 10, head=head, weights=weights, rerank=None)
         places[head] = [_place(ranking.ids, pair.name) for ranking, pair in zip(rankings, pairs)]
     return places
 
 
-def _show_measured(measured: Sequence[Places], pairs: int) -> None:
-    """MRR@10 and Recall@10 of each head, before the training and after it where there was one."""
+def _show_measured(measured: Sequence[_Measured], pairs: int) -> None:
+    """MRR@10 and Recall@10 of each head, before the training and after it, and the lead of the hybrid."""
     moments = ["before", "after"] if len(measured) > 1 else ["now"]
     rows = []
     for head in _HEADS:
-        places = [one[head] for one in measured]
+        places = [one.places[head] for one in measured]
         recalls = [f"{np.mean([place > 0 for place in found]):.3f}" for found in places]
         name = "hybrid" if head == "all" else head.replace("_", "-")
         rows.append([name, *(f"{_mrr(found):.3f}" for found in places), *recalls])
     columns = ["head", *(f"MRR@10_{moment}" for moment in moments), *(f"Recall@10_{moment}" for moment in moments)]
     title = f"{pairs} summaries, each looking for its body among {pairs}"
     print_table(columns, rows, title=title, right=" ".join(columns[1:]))
-    mix = " : ".join(f"{weight:g}" for weight in DEFAULT_WEIGHTS)
-    stdout().print(f"hybrid = dense, sparse and multi-vector in the paper's proportion of {mix}\n")
+    mixes = [" : ".join(f"{weight:g}" for weight in one.weights) for one in measured]
+    last = measured[-1].places
+    best = max(_HEADS[:-1], key=lambda head: _mrr(last[head]))
+    gains = _reciprocal(last["all"]) - _reciprocal(last[best])
+    error = gains.std() / np.sqrt(len(gains))
+    stdout().print(
+        f"hybrid = dense, sparse and multi-vector in proportions of {', then '.join(mixes)}. Its MRR@10 is"
+        f" {gains.mean():+.3f} from that of the best head ({best.replace('_', '-')}), standard error {error:.3f}.\n"
+    )
 
 
-def _ask(model: M3Model, index: ExactIndex, pairs: Sequence[Pair]) -> None:
+def _ask(model: M3Model, index: ExactIndex, pairs: Sequence[Pair], weights: Weights) -> None:
     summaries = {pair.name: pair.summary for pair in pairs}
     queries = model.encode([question.text for question in QUESTIONS], role="query")
     rows = []
-    for question, ranking in zip(QUESTIONS, index.search(queries, 1)):
+    for question, ranking in zip(QUESTIONS, index.search(queries, 1, weights=weights)):
         for hit in ranking:
             scores = [f"{score:.3f}" for score in (hit.dense, hit.sparse, hit.multi_vector) if score is not None]
             rows.append([question.language, question.text, hit.id, shortened(summaries[hit.id], 70), *scores])
@@ -261,8 +296,12 @@ def _place(ids: Sequence[str], wanted: str) -> int:
     return ids.index(wanted) + 1 if wanted in ids else 0
 
 
+def _reciprocal(places: Sequence[int]) -> np.ndarray:
+    return np.array([1.0 / place if place else 0.0 for place in places])
+
+
 def _mrr(places: Sequence[int]) -> float:
-    return float(np.mean([1.0 / place if place else 0.0 for place in places])) if places else 0.0
+    return float(_reciprocal(places).mean()) if places else 0.0
 
 
 def _sha256(content: bytes) -> str:

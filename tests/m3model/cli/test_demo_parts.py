@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+import torch
 
 from m3model import M3Model
-from m3model.demo.docstrings import LONGEST, Pair, choose, collect, split_docstring
+from m3model.demo import hybrid_weights
+from m3model.demo.docstrings import LONGEST, USUAL, Pair, choose, collect, split_docstring
+from m3model.demo.hybrid_weights import LEAST_PAIRS, SPARSE_WEIGHTS, chosen_weights, reciprocal_ranks
 from m3model.demo.questions import QUESTIONS
 from m3model.demo.run import _mrr
 from m3model.demo.token_weights import SCALE, fit_token_weights
+from m3model.scoring import DEFAULT_WEIGHTS
 
 BODY = "Parameters and returns. " * 10
 
@@ -69,6 +77,19 @@ def test_the_longest_and_the_named_are_always_chosen_and_the_budget_kept() -> No
     assert sum(int(name[1:]) for name in names) <= 1500 and names == sorted(names, key=lambda name: int(name[1:]))
     assert chosen == choose(pairs, lengths, 1500, {"p50", "p3"})
     assert set(names) < {pair.name for pair in choose(pairs, lengths, 3000, {"p3", "p50"})}
+    long = [length + USUAL - 90 for length in lengths]
+    assert len(choose(pairs, long, 10**6, {"p97"})) == 91 + LONGEST + 1
+
+
+def test_the_collection_is_the_same_in_every_process() -> None:
+    program = "from m3model.demo.docstrings import collect; print(*(pair.name for pair in collect()))"
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1] and len(found[0].split()) > 1000
 
 
 def test_the_fitted_head_gives_rare_tokens_more_weight(model: M3Model, folder: object) -> None:
@@ -81,6 +102,25 @@ def test_the_fitted_head_gives_rare_tokens_more_weight(model: M3Model, folder: o
     assert token["▁river"] > 2 * max(token["▁city"], token.get("▁the", 0.0), token.get("▁and", 0.0))
     # SCALE · √idf with df = 1 of 40; one text of forty, so the fit is not exact.
     assert token["▁river"] == pytest.approx(SCALE * np.sqrt(np.log1p(39.5 / 1.5)), rel=0.5)
+
+
+def test_the_sparse_weight_is_the_one_that_ranks_best(model: M3Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [Pair(f"p{n}", f"where is {n}", f"the city of {n}") for n in range(LEAST_PAIRS)]
+    count = len(pairs)
+    right, wrong = torch.eye(count), torch.eye(count).roll(1, 1)
+    # Dense is misled by 0.25, which takes a sparse weight above 0.25; multi-vector knows nothing.
+    scores = {"dense": 0.25 * wrong, "sparse": right, "multi_vector": torch.zeros(count, count)}
+    monkeypatch.setattr(hybrid_weights, "head_scores", lambda head, queries, passages: scores[head])
+    assert chosen_weights(model, pairs) == (1.0, 0.3, 1.0)
+    scores["sparse"] = wrong
+    assert chosen_weights(model, pairs) == (1.0, SPARSE_WEIGHTS[0], 1.0)
+    assert chosen_weights(model, pairs[1:]) == DEFAULT_WEIGHTS
+
+
+def test_reciprocal_ranks_end_at_ten() -> None:
+    scores = torch.zeros(12, 12) - torch.arange(12.0)  # the first column scores highest in every row
+    expected = [1 / place if place <= 10 else 0.0 for place in range(1, 13)]
+    assert reciprocal_ranks(scores).tolist() == pytest.approx(expected)
 
 
 def test_the_reciprocal_rank_of_what_is_not_found_is_zero() -> None:
