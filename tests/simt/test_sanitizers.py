@@ -51,7 +51,8 @@ def output_of(result: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.mark.parametrize(("sanitizer", "examples"), [("address", 10), ("thread", 3)])
 def test_kernels_have_no_finding(sanitizer: str, examples: int) -> None:
-    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/simt/test_sparse_kernels.py"]
+    # -s: a report that ends the process would stay in pytest's own files.
+    tests = ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "tests/simt/test_sparse_kernels.py"]
     result = run_with(sanitizer, *tests, M3_SIMT_EXAMPLES=str(examples))
     assert result.returncode == 0, output_of(result)
     assert "Sanitizer" not in output_of(result)
