@@ -121,6 +121,8 @@ struct Stats {
   std::atomic<long> threads{0}, switches{0};
 };
 inline Stats stats;
+// TSan contexts of CUDA threads that are done, for the next ones of any kernel: TSan allows 8128 in a process.
+inline thread_local std::vector<void*> spare_contexts;
 inline thread_local Thread* self = nullptr;
 inline thread_local Fiber* cur = nullptr;
 inline thread_local Block* running = nullptr;
@@ -364,10 +366,9 @@ void launch(void (*k)(P...), dim3 g, dim3 bd, size_t smem, A&&... a) {
   if (env("SIMT_DRY_RUN", 0)) return;
   std::atomic<unsigned long> nextb{0};
   auto worker = [&](unsigned wid) {
-    static thread_local std::vector<void*> contexts;
     std::vector<std::unique_ptr<char[]>> keep;
     Block b;
-    b.contexts.swap(contexts);
+    b.contexts.swap(spare_contexts);
     b.ordered = !env("SIMT_RACE_BLOCKS", 0);
     b.bdim = bd;
     b.gdim = g;
@@ -400,7 +401,7 @@ void launch(void (*k)(P...), dim3 g, dim3 bd, size_t smem, A&&... a) {
       run_block(&b);
     }
     hb_acquire(b.end);
-    b.contexts.swap(contexts);
+    b.contexts.swap(spare_contexts);
     for (auto& f : b.fibers) {
 #ifdef SIMT_ASAN
       __asan_unpoison_memory_region(f->stack, STACK);
