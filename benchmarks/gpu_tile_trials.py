@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +143,11 @@ def cases() -> Iterator[tuple[str, Entry, dict[str, tuple[int, Figures]]]]:
 def trials() -> list[Trial]:
     """All cases, compiled by as many processes as there are cores, or taken out of the cache of compiled facts."""
     chosen = list(cases())
-    grid = {entry: [_with_tile(entry, tile) for tile in GRIDS[entry.op, entry.kernel]] for _, entry, _ in chosen}
-    wanted = [*grid, *itertools.chain.from_iterable(grid.values())]
-    with tqdm(total=len(set(wanted)), unit="kernel") as bar:
-        facts = compiled_tables.compile_entries(dict.fromkeys(wanted), compiled_tables.cache_folder(), bar.update)
+    grid = {entry: [replace(entry, tile=tile) for tile in GRIDS[entry.op, entry.kernel]] for _, entry, _ in chosen}
+    wanted = dict.fromkeys((*grid, *itertools.chain.from_iterable(grid.values())))
+    with tqdm(total=len(wanted), unit="kernel") as bar:
+        facts = compiled_tables.compile_entries(wanted, compiled_tables.cache_folder(), bar.update)
     return [_trial(case, entry, {one: facts[one] for one in grid[entry]}, facts[entry], p) for case, entry, p in chosen]
-
-
-def _with_tile(entry: Entry, tile: Tile) -> Entry:
-    return Entry(**{**vars(entry), "tile": tile})
 
 
 def _trial(

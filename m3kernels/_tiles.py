@@ -70,8 +70,12 @@ class TileTable:
     ) -> Tile:
         """The tile for a call with these switches on; the smallest listed width that is not below `width`."""
         by_width = self.entries[kernel][arithmetic(dtype, allow_tf32)]
-        listed = min(one for one in widths(by_width) if one >= width)
-        return Tile.from_list(by_width.get(key(listed, options)) or by_width[str(listed)])
+        return Tile.from_list(tile_of(by_width, min(one for one in widths(by_width) if one >= width), options))
+
+
+def tile_of(by_width: Mapping[str, list[int]], width: int, options: Collection[str]) -> list[int]:
+    """The tile that one column of the table has for a listed width with these switches on."""
+    return by_width.get(key(width, options)) or by_width[str(width)]
 
 
 def widths(by_width: Mapping[str, object]) -> list[int]:
@@ -82,6 +86,11 @@ def widths(by_width: Mapping[str, object]) -> list[int]:
 def key(width: int, options: Collection[str] = ()) -> str:
     """Where the table keeps a tile: "64", or with switches "64 sampled+dropout"."""
     return f"{width} {options_text(options)}".rstrip()
+
+
+def turned_on(switches: Mapping[str, bool]) -> tuple[str, ...]:
+    """The names of the switches that are on."""
+    return tuple(name for name, on in switches.items() if on)
 
 
 def options_text(options: Collection[str]) -> str:

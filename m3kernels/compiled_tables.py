@@ -222,8 +222,7 @@ def _lines(op: str, architecture: int) -> Iterator[tuple[str, str, int, tuple[st
         for column, tiles in columns.items():
             for width in _tiles.widths(tiles):
                 for options in option_sets[kernel]:
-                    tile = tiles.get(_tiles.key(width, options)) or tiles[str(width)]
-                    yield kernel, column, width, options, tuple(tile)
+                    yield kernel, column, width, options, tuple(_tiles.tile_of(tiles, width, options))
     if op == "maxsim":
         blocks = _module(op).SUM_BLOCKS
         for options in option_sets["sum"]:

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m3kernels._tiles import TileTable
+from m3kernels._tiles import TileTable, turned_on
 from m3kernels.attention.reference import keep_limit
 
 HEAD_WIDTHS = (32, 64, 128)
@@ -59,10 +59,9 @@ class Options:
     allow_tf32: bool
 
     @property
-    def switches(self) -> tuple[str, ...]:
-        """The compile-time switches that are on; one of OPTION_SETS."""
-        on = {"SAMPLED": self.keep_probability is not None, "DROPOUT": self.dropout_p > 0.0}
-        return tuple(name for name in on if on[name])
+    def switches(self) -> dict[str, bool]:
+        """The compile-time switches; those that are on make one of OPTION_SETS."""
+        return {"SAMPLED": self.keep_probability is not None, "DROPOUT": self.dropout_p > 0.0}
 
     def kernel_arguments(self) -> dict[str, Any]:
         """Arguments that all kernels share: numbers of the hash as int32 bit patterns, and compile-time switches."""
@@ -73,7 +72,7 @@ class Options:
             "keep_limit": _as_int32(keep_limit(keep)),
             "dropout_limit": _as_int32(keep_limit(1.0 - self.dropout_p)),
             "dropout_factor": 1.0 / (1.0 - self.dropout_p),
-            **_constants(self.switches),
+            **self.switches,
             "PRECISION": "tf32" if self.allow_tf32 else "ieee",
         }
 
@@ -90,7 +89,7 @@ def forward(
     sequences = offsets.shape[0] - 1
     if rows == 0 or heads == 0:
         return out, log_sum_exp
-    tile = tiles.find("forward", q.dtype, width, options.allow_tf32, options.switches)
+    tile = tiles.find("forward", q.dtype, width, options.allow_tf32, turned_on(options.switches))
     forward_kernel[(rows // tile.block_m + sequences, heads)](
         q, k, v, out, log_sum_exp, offsets, sequences, rows,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
@@ -122,12 +121,12 @@ def backward(
     delta = torch.empty_like(log_sum_exp)
     strides = [x.stride(axis) for x in (q, k, v, grad_out) for axis in (0, 1)]
     shared = options.kernel_arguments()
-    tile = tiles.find("backward_q", q.dtype, width, options.allow_tf32, options.switches)
+    tile = tiles.find("backward_q", q.dtype, width, options.allow_tf32, turned_on(options.switches))
     backward_q_kernel[(rows // tile.block_m + sequences, heads)](
         q, k, v, out, grad_out, grad_q, log_sum_exp, delta, offsets, sequences, rows, *strides,
         WIDTH=width, **shared, **tile.launch_options(),
     )  # fmt: skip
-    tile = tiles.find("backward_kv", q.dtype, width, options.allow_tf32, options.switches)
+    tile = tiles.find("backward_kv", q.dtype, width, options.allow_tf32, turned_on(options.switches))
     backward_kv_kernel[(rows // tile.block_n + sequences, heads)](
         q, k, v, grad_out, grad_k, grad_v, log_sum_exp, delta, offsets, sequences, rows, *strides,
         WIDTH=width, **shared, **tile.launch_options(),
@@ -147,11 +146,7 @@ def compiled_arguments(
         default = f"*{dtype}" if name.endswith("_ptr") else "constexpr" if name.isupper() else "i32"
         signature[name] = types.get(name, default)
     aligned = tuple(name for name in signature if name.endswith(("_ptr", "_row", "_head")))
-    return signature, {"WIDTH": width, **_constants(options)}, aligned
-
-
-def _constants(switches: Collection[str]) -> dict[str, bool]:
-    return {name: name in switches for name in ("SAMPLED", "DROPOUT")}
+    return signature, {"WIDTH": width, **{name: name in options for name in ("SAMPLED", "DROPOUT")}}, aligned
 
 
 def _check(q: Tensor) -> None:

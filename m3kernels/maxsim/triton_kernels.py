@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m3kernels._tiles import TileTable
+from m3kernels._tiles import TileTable, turned_on
 from m3kernels.attention.triton_kernels import find_tile
 
 MOST_QUERY_ROWS = 128
@@ -110,7 +110,7 @@ def pairs_forward(
     if not pairs.shape[0]:
         return scores
     switches = {"FLOOR": zero_floor is not None, "MEAN": mean}
-    tile = tiles.find("pairs_forward", queries.dtype, 32, allow_tf32, _turned_on(switches))
+    tile = tiles.find("pairs_forward", queries.dtype, 32, allow_tf32, turned_on(switches))
     pairs_forward_kernel[(pairs.shape[0],)](
         queries.contiguous(), passages.contiguous(), query_offsets, passage_offsets, pairs.contiguous(),
         passage_offsets if zero_floor is None else zero_floor, scores, queries.shape[1],
@@ -166,7 +166,7 @@ def _best_rows(
     if not best.numel():
         return best, argmax
     switches = {"FLOOR": zero_floor is not None, "LISTED": listed is not None, "SAVE": save_argmax}
-    tile = tiles.find("forward", queries.dtype, min(rows, MOST_QUERY_ROWS), allow_tf32, _turned_on(switches))
+    tile = tiles.find("forward", queries.dtype, min(rows, MOST_QUERY_ROWS), allow_tf32, turned_on(switches))
     forward_kernel[(count * triton.cdiv(rows, tile.block_n),)](
         queries.contiguous(), passages.contiguous(), passage_offsets,
         passage_offsets if zero_floor is None else zero_floor,
@@ -230,11 +230,6 @@ def compiled_arguments(
     switches = {name: name in options for name in ("FLOOR", "LISTED", "SAVE", "MEAN")}
     aligned = tuple(name for name in signature if name.endswith("_ptr") or name == "width")
     return signature, {name: value for name, value in switches.items() if name in signature}, aligned
-
-
-def _turned_on(switches: dict[str, bool]) -> tuple[str, ...]:
-    """The names that are on; one of OPTION_SETS."""
-    return tuple(name for name in switches if switches[name])
 
 
 def _precision(allow_tf32: bool) -> str:

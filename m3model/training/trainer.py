@@ -213,9 +213,7 @@ class M3Trainer(Trainer):  # type: ignore[misc]
 
         if self.args.sub_batch_tokens is None:
             loss = loss_of(model(ids, offsets, **options))
-            # DeepSpeed would divide by the accumulated steps once more.
-            exact = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-            self.accelerator.backward(scale * loss.total, **exact)
+            self._backward(scale * loss.total)
         else:
             scaler = self.accelerator.scaler
             scaled = scale if scaler is None else scale * float(scaler.scale(torch.ones((), device=ids.device)))
@@ -227,13 +225,17 @@ class M3Trainer(Trainer):  # type: ignore[misc]
                 sub_batch_tokens=self.args.sub_batch_tokens,
                 scale=scaled,
                 options=options,
-                backward=self._engine_backward if self.is_deepspeed_enabled else None,
+                backward=self._backward if self.is_deepspeed_enabled else None,
             )
         return scale * loss.total.detach()
 
-    def _engine_backward(self, loss: Tensor, last: bool) -> None:
-        """DeepSpeed's backward pass, with its step behind the last one that is accumulated."""
+    def _backward(self, loss: Tensor, last: bool = True) -> None:
+        """The backward pass of a loss; DeepSpeed's engine makes its step behind the last one that is accumulated."""
+        if not self.is_deepspeed_enabled:
+            self.accelerator.backward(loss)
+            return
         steps = last and self.accelerator.sync_gradients
+        # The loss is divided by the accumulated steps already.
         self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=steps, scale_wrt_gas=False)
 
     def _loss(self, embeddings: M3Embeddings[Any], queries: int, group_size: int, teacher: Tensor | None) -> M3Loss:
