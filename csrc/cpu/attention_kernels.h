@@ -124,6 +124,7 @@ inline const AttentionKernels& attention_kernels() {
       return avx2::kAttentionKernels;
     case Isa::avx512:
     case Isa::avx512vnni:
+    case Isa::amx:
       return avx512::kAttentionKernels;
 #endif
     default:

@@ -137,6 +137,7 @@ inline const LinearKernels& linear_kernels() {
     case Isa::avx512:
       return avx512::kLinearKernels;
     case Isa::avx512vnni:
+    case Isa::amx:
       return avx512vnni::kLinearKernels;
 #endif
     default:

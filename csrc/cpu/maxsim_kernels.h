@@ -89,6 +89,7 @@ inline const MaxsimKernels& maxsim_kernels() {
     case Isa::avx512:
       return avx512::kMaxsimKernels;
     case Isa::avx512vnni:
+    case Isa::amx:
       return avx512vnni::kMaxsimKernels;
 #endif
     default:

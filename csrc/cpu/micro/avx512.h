@@ -1,5 +1,6 @@
-// Vector type for AVX-512 (F, BW, VL, DQ; with M3_VNNI also VNNI): 16 lanes, 32 registers. Everything after this header is
-// compiled for it, so it comes after all other includes; it names its namespace M3_ISA for the generic headers that follow.
+// Vector type for AVX-512 (F, BW, VL, DQ; with M3_VNNI also VNNI, with M3_AMX also BF16 and AMX, see amx.h): 16 lanes, 32
+// registers. Everything after this header is compiled for it, so it comes after all other includes; it names its namespace
+// M3_ISA for the generic headers that follow.
 #pragma once
 
 #include <immintrin.h>
@@ -8,7 +9,11 @@
 
 #include <cstdint>
 
-#ifdef M3_VNNI
+#if defined(M3_AMX)
+#define M3_VNNI
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
+#define M3_ISA amx
+#elif defined(M3_VNNI)
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define M3_ISA avx512vnni
 #else

@@ -5,6 +5,11 @@
 
 #include <cstdlib>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace m3 {
 namespace {
 
@@ -13,7 +18,18 @@ struct Named {
   const char* name;
 };
 constexpr Named kIsas[] = {
-    {Isa::avx512vnni, "avx512vnni"}, {Isa::avx512, "avx512"}, {Isa::avx2, "avx2"}, {Isa::portable, "portable"}};
+    {Isa::amx, "amx"}, {Isa::avx512vnni, "avx512vnni"}, {Isa::avx512, "avx512"}, {Isa::avx2, "avx2"}, {Isa::portable, "portable"}};
+
+// Linux saves the tiles of a process only once it has asked for them.
+bool system_saves_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
 
 // The compiler's CPUID look-up also asks the operating system whether it saves the wide registers.
 bool has(Isa isa) {
@@ -30,6 +46,10 @@ bool has(Isa isa) {
       return avx512;
     case Isa::avx512vnni:
       return avx512 && __builtin_cpu_supports("avx512vnni");
+    case Isa::amx:
+      return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+          __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+          __builtin_cpu_supports("amx-int8") && system_saves_tiles();
   }
   return false;
 #else
@@ -55,7 +75,7 @@ Isa cpu_isa() {
     STD_TORCH_CHECK(has(entry.isa), "M3_CPU_ISA is ", forced, ", which this machine lacks; it has ", isa_name(best));
     return entry.isa;
   }
-  STD_TORCH_CHECK(false, "M3_CPU_ISA is ", forced, "; accepted: portable, avx2, avx512, avx512vnni");
+  STD_TORCH_CHECK(false, "M3_CPU_ISA is ", forced, "; accepted: portable, avx2, avx512, avx512vnni, amx");
 }
 
 std::string isa_name(Isa isa) {
