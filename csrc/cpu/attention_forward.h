@@ -42,6 +42,22 @@ struct Limits {
   uint32_t keep, dropout;
 };
 
+// Vector v of the panel's scores with key row `column`, -∞ where sampling leaves it out.
+inline Floats sampled_score(Floats score, const QueryPanel& panel, int64_t column, int v, const Limits& limits) {
+  if (column > 0) {
+    const Ints hash = entry_hash(add(load(panel.sampling_keys + v * kLanes), word(uint32_t(column) * kGolden)));
+    score = select(at_most_unsigned(hash, word(limits.keep)), score, splat(-kInfinity));
+  }
+  const Ints row = add(lane_numbers(), splat(int32_t(panel.first + v * kLanes)));
+  return select(equal(row, splat(int32_t(column))), splat(-kInfinity), score);
+}
+
+// The weight, or 0 where dropout takes it away.
+inline Floats kept_weight(Floats weight, const QueryPanel& panel, int64_t column, int v, const Limits& limits) {
+  const Ints hash = entry_hash(add(load(panel.dropout_keys + v * kLanes), word(uint32_t(column) * kGolden)));
+  return select(at_most_unsigned(hash, word(limits.dropout)), weight, splat(0.f));
+}
+
 [[gnu::noinline]] inline void rescale(float* values, int64_t rows, Floats factor_0, Floats factor_1) {
   for (int64_t row = 0; row < rows; ++row, values += kPanel) {
     store(values, multiply(load(values), factor_0));
@@ -72,16 +88,7 @@ void attend(const KeyTile& tile, int64_t width, const Limits& limits, const Quer
         panel.queries, keys, width, width, fetch_ahead(keys + R * width, 64 * kPrefetchLines), scores);
     if constexpr (kSampled) {
       for (int r = 0; r < R; ++r) {
-        const int64_t column = tile.first + first + r;
-        for (int v = 0; v < 2; ++v) {
-          const Ints key = load(panel.sampling_keys + v * kLanes);
-          if (column > 0) {
-            const Ints hash = entry_hash(add(key, word(uint32_t(column) * kGolden)));
-            scores[r][v] = select(at_most_unsigned(hash, word(limits.keep)), scores[r][v], splat(-kInfinity));
-          }
-          const Ints row = add(lane_numbers(), splat(int32_t(panel.first + v * kLanes)));
-          scores[r][v] = select(equal(row, splat(int32_t(column))), splat(-kInfinity), scores[r][v]);
-        }
+        for (int v = 0; v < 2; ++v) scores[r][v] = sampled_score(scores[r][v], panel, tile.first + first + r, v, limits);
       }
     }
     if (first + R > tile.count) {
@@ -119,11 +126,7 @@ void attend(const KeyTile& tile, int64_t width, const Limits& limits, const Quer
       for (int v = 0; v < 2; ++v) {
         Floats weight = scores[r][v];
         fresh[v] = add(fresh[v], weight);
-        if constexpr (kDropout) {
-          const uint32_t column = uint32_t(tile.first + first + r);
-          const Ints hash = entry_hash(add(load(panel.dropout_keys + v * kLanes), word(column * kGolden)));
-          weight = select(at_most_unsigned(hash, word(limits.dropout)), weight, splat(0.f));
-        }
+        if constexpr (kDropout) weight = kept_weight(weight, panel, tile.first + first + r, v, limits);
         store(weights + (first + r) * kPanel + v * kLanes, weight);
       }
     }

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "micro/dispatch.h"
@@ -66,6 +67,10 @@ constexpr int64_t kMostTilesInBlock = 4;
 constexpr int64_t kBackwardQueryBlock = 96;
 constexpr int64_t backward_key_block(int64_t width) { return width <= 64 ? 192 : 96; }
 
+// AMX: keys of a tile, and a width filled up to whole steps of its products.
+constexpr int64_t kTileKeys = 96;
+constexpr int64_t tiled_width(int64_t width) { return (width + 31) / 32 * 32; }
+
 // Width of a row of the float sums of grad_q: whole panels, whatever the instruction set.
 constexpr int64_t panelled_width(int64_t width) { return (width + kMostPanel - 1) / kMostPanel * kMostPanel; }
 
@@ -73,7 +78,10 @@ constexpr int64_t panelled_width(int64_t width) { return (width + kMostPanel - 1
 constexpr int64_t kMostHeight = 16;
 constexpr int64_t forward_scratch(int64_t padded_width) {
   const int64_t keys = forward_key_block(padded_width), queries = kMostTilesInBlock * keys;
-  return (2 * queries + 2 * keys + kMostHeight) * padded_width + (keys + kMostHeight) * kMostPanel + 5 * queries;
+  const int64_t vectors = (2 * queries + 2 * keys + kMostHeight) * padded_width + (keys + kMostHeight) * kMostPanel;
+  // Tiles of AMX hold three halves of a float for each number.
+  const int64_t tiles = (5 * queries / 2 + 3 * kTileKeys) * tiled_width(padded_width) + 5 * kTileKeys / 2 * kMostPanel;
+  return std::max(vectors, tiles) + 5 * queries;
 }
 constexpr int64_t backward_scratch(int64_t padded_width) {
   const int64_t keys = backward_key_block(padded_width), queries = kBackwardQueryBlock;
@@ -116,6 +124,9 @@ extern const AttentionKernels kAttentionKernels;
 namespace avx512 {
 extern const AttentionKernels kAttentionKernels;
 }
+namespace amx {
+extern const AttentionKernels kAttentionKernels;
+}
 
 inline const AttentionKernels& attention_kernels() {
   switch (cpu_isa()) {
@@ -124,8 +135,9 @@ inline const AttentionKernels& attention_kernels() {
       return avx2::kAttentionKernels;
     case Isa::avx512:
     case Isa::avx512vnni:
-    case Isa::amx:
       return avx512::kAttentionKernels;
+    case Isa::amx:
+      return amx::kAttentionKernels;
 #endif
     default:
       return portable::kAttentionKernels;
