@@ -115,16 +115,16 @@ bool pack_transposed_tiles(const T* from, int64_t row_stride, int64_t rows, int6
   return splittable;
 }
 
+// A tile of keys: keys as row tiles, values as row tiles of their elements.
 struct SplitKeys {
-  const BFloat16* keys;    // row tiles of keys
-  const BFloat16* values;  // row tiles of elements
-  int64_t first, count;
+  const BFloat16 *keys, *values;
+  KeyTile tile;  // without its rows
 };
 
 // kParts: of the inputs and of the weights. queries: column tiles of the panel.
 template <int kParts, bool kSampled, bool kDropout>
 void attend_on_tiles(
-    const SplitKeys& tile,
+    const SplitKeys& split,
     int64_t width,
     float factor,
     const Limits& limits,
@@ -132,18 +132,19 @@ void attend_on_tiles(
     const BFloat16* queries,
     float* scores,
     BFloat16* weights) {
+  const KeyTile& tile = split.tile;
   const int64_t depth_steps = width / kTileDepth, key_steps = (tile.count + kTileDepth - 1) / kTileDepth;
   const int64_t padded = key_steps * kTileDepth;
   const TileOperand columns = packed_tiles(queries, kParts, depth_steps);
   for (int64_t row = 0; row < padded; row += kPairRows) {
-    const TileOperand rows = packed_tiles(tile.keys + row * width * kParts, kParts, depth_steps);
+    const TileOperand rows = packed_tiles(split.keys + row * width * kParts, kParts, depth_steps);
     multiply_tiles<kParts, 2, 2, false>(rows, columns, depth_steps, scores + row * kPanel, kPanel);
   }
   if constexpr (kSampled) {
     for (int64_t row = 0; row < tile.count; ++row) {
       for (int v = 0; v < 2; ++v) {
         float* const at = scores + row * kPanel + v * kLanes;
-        store(at, sampled_score(load(at), panel, tile.first + row, v, limits));
+        store(at, sampled_score(load(at), tile, row, panel, v, limits));
       }
     }
   }
@@ -192,7 +193,7 @@ void attend_on_tiles(
       exp2(both);
       for (int n = 0; n < 4; ++n) {
         total[n % 2] = add(total[n % 2], both[n]);
-        if constexpr (kDropout) both[n] = kept_weight(both[n], panel, tile.first + (n < 2 ? row : later), n % 2, limits);
+        if constexpr (kDropout) both[n] = kept_weight(both[n], tile, n < 2 ? row : later, panel, n % 2, limits);
       }
       split_pairs<kParts>(both[0], both[2], words + i * kTileDepth, kTileElements);
       split_pairs<kParts>(both[1], both[3], words + column_tile + i * kTileDepth, kTileElements);
@@ -204,7 +205,7 @@ void attend_on_tiles(
   }
   const TileOperand weight_columns = packed_tiles(weights, kParts, key_steps);
   for (int64_t e = 0; e < width; e += kPairRows) {
-    const TileOperand rows = packed_tiles(tile.values + e * padded * kParts, kParts, key_steps);
+    const TileOperand rows = packed_tiles(split.values + e * padded * kParts, kParts, key_steps);
     multiply_tiles<kParts, 2, 2, true>(rows, weight_columns, key_steps, panel.sums + e * kPanel, kPanel);
   }
 }
@@ -244,6 +245,7 @@ bool forward_on_tiles(const AttentionCall& call, const ForwardTensors<T>& tensor
   float* const total = take(block);
   int32_t* const sampling_keys = reinterpret_cast<int32_t*>(take(block));
   int32_t* const dropout_keys = reinterpret_cast<int32_t*>(take(block));
+  int32_t* const column_keys = reinterpret_cast<int32_t*>(take(key_block));
 
   const int64_t begin = call.bounds[queries.sequence], length = call.rows(queries.sequence);
   const HeadRows<const T>&q = tensors.q, &k = tensors.k, &v = tensors.v;
@@ -273,9 +275,11 @@ bool forward_on_tiles(const AttentionCall& call, const ForwardTensors<T>& tensor
   const auto attend_panel = attend_on_tiles_for<P>(call);
   const Limits limits{call.keep_limit, call.dropout_limit};
   for (int64_t first = 0; first < length; first += key_block) {
-    const SplitKeys tile{keys, values, first, std::min<int64_t>(key_block, length - first)};
-    if (!pack_row_tiles(k.at(begin + first, queries.head), k.row_stride, tile.count, call.width, 1.f, keys)) return false;
-    if (!pack_transposed_tiles(v.at(begin + first, queries.head), v.row_stride, tile.count, call.width, values)) return false;
+    const int64_t count = std::min<int64_t>(key_block, length - first);
+    const SplitKeys tile{keys, values, {nullptr, nullptr, column_keys, first, count}};
+    if (call.sampled || call.dropout) write_column_keys(first, key_block, column_keys);
+    if (!pack_row_tiles(k.at(begin + first, queries.head), k.row_stride, count, call.width, 1.f, keys)) return false;
+    if (!pack_transposed_tiles(v.at(begin + first, queries.head), v.row_stride, count, call.width, values)) return false;
     for (int64_t at = 0; at < rows; at += kPanel) {
       attend_panel(tile, width, factor, limits, panel_at(at), packed + at * width * P, scores, weights);
     }

@@ -33,6 +33,7 @@ struct KeyPanel {
   float* grad_k;        // [width][kPanel], lacks `scale`
   float* grad_v;        // lacks dropout_factor
   int64_t first, count;
+  const int32_t* column_keys;  // [kPanel], of the hash, where there is any
 };
 
 struct BackwardOptions {
@@ -59,8 +60,11 @@ void meet(
     float* grad_scores) {
   constexpr int R = kTileRows;
   const bool partial = panel.count < kPanel;
-  Ints column[2];
-  for (int v = 0; v < 2; ++v) column[v] = add(lane_numbers(), splat(int32_t(panel.first + v * kLanes)));
+  Ints column[2], column_keys[2];
+  for (int v = 0; v < 2; ++v) {
+    if constexpr (kSampled) column[v] = add(lane_numbers(), splat(int32_t(panel.first + v * kLanes)));
+    if constexpr (kSampled || kDropout) column_keys[v] = load(panel.column_keys + v * kLanes);
+  }
   for (int64_t first = 0; first < block.count; first += R) {
     const float* queries = block.queries + first * width;
     Floats scores[R][2];
@@ -75,19 +79,16 @@ void meet(
       for (int v = 0; v < 2; ++v) {
         Floats probability = scores[r][v];
         if constexpr (kSampled) {
-          const Ints hash = entry_hash(
-              add(word(uint32_t(block.sampling_keys[first + r])), multiply(column[v], word(kGolden))));
+          const Ints hash = entry_hash(add(splat(block.sampling_keys[first + r]), column_keys[v]));
           const Mask kept = at_most_unsigned(hash, word(options.keep_limit));
-          const Floats drawn = select(kept, probability, splat(0.f));
+          const Floats drawn = keep(kept, probability);
           const Floats attended = select(equal(column[v], splat(0)), probability, drawn);
           probability = select(equal(column[v], splat(int32_t(block.first + first + r))), splat(0.f), attended);
         }
         if constexpr (kDropout) {
           // A dropped probability is remembered by its sign.
-          const Ints hash = entry_hash(
-              add(word(uint32_t(block.dropout_keys[first + r])), multiply(column[v], word(kGolden))));
-          const Mask kept = at_most_unsigned(hash, word(options.dropout_limit));
-          probability = select(kept, probability, subtract(splat(0.f), probability));
+          const Ints hash = entry_hash(add(splat(block.dropout_keys[first + r]), column_keys[v]));
+          probability = keep_sign(at_most_unsigned(hash, word(options.dropout_limit)), probability);
         }
         store(probabilities + (first + r) * kPanel + v * kLanes, probability);
       }
@@ -185,6 +186,7 @@ void attention_backward(
   float* const delta = take(query_block);
   int32_t* const sampling_keys = reinterpret_cast<int32_t*>(take(query_block));
   int32_t* const dropout_keys = reinterpret_cast<int32_t*>(take(query_block));
+  int32_t* const column_keys = reinterpret_cast<int32_t*>(take(key_block));
 
   const int32_t head = keys.head;
   const int64_t begin = call.bounds[keys.sequence], length = call.rows(keys.sequence);
@@ -203,6 +205,7 @@ void attention_backward(
       for (int64_t row = 0; row < count; ++row) copy_row(k_rows + row * k.row_stride + e, used, kPanel, panel + row * kPanel);
       std::fill(panel + count * kPanel, panel + panels * kPanel * kPanel, 0.f);
     }
+    if (call.sampled || call.dropout) write_column_keys(first, key_block, column_keys);
     std::fill_n(grad_k, panels * kPanel * width, 0.f);
     std::fill_n(grad_v, panels * kPanel * width, 0.f);
     for (int64_t at = 0; at < length; at += query_block) {
@@ -229,7 +232,8 @@ void attention_backward(
             grad_k + offset,
             grad_v + offset,
             first + panel * kPanel,
-            std::min<int64_t>(kPanel, count - panel * kPanel)};
+            std::min<int64_t>(kPanel, count - panel * kPanel),
+            column_keys + panel * kPanel};
         meet_panel(block, width, options, key_panel, probabilities, grad_scores + panel * query_block * kPanel);
       }
       float* const sums = grad_q_sums + at * sums_stride;

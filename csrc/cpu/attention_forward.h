@@ -24,6 +24,7 @@ constexpr float kNothingYet = -std::numeric_limits<float>::max();
 struct KeyTile {
   const float* keys;    // [count, width], readable for a whole register tile past the end
   const float* values;  // [count, width]
+  const int32_t* column_keys;  // of the hash, where there is any
   int64_t first, count;
 };
 
@@ -42,20 +43,23 @@ struct Limits {
   uint32_t keep, dropout;
 };
 
-// Vector v of the panel's scores with key row `column`, -∞ where sampling leaves it out.
-inline Floats sampled_score(Floats score, const QueryPanel& panel, int64_t column, int v, const Limits& limits) {
+// Vector v of the panel's scores with row `row` of the tile, -∞ where sampling leaves it out.
+inline Floats sampled_score(
+    Floats score, const KeyTile& tile, int64_t row, const QueryPanel& panel, int v, const Limits& limits) {
+  const int64_t column = tile.first + row;
   if (column > 0) {
-    const Ints hash = entry_hash(add(load(panel.sampling_keys + v * kLanes), word(uint32_t(column) * kGolden)));
+    const Ints hash = entry_hash(add(load(panel.sampling_keys + v * kLanes), splat(tile.column_keys[row])));
     score = select(at_most_unsigned(hash, word(limits.keep)), score, splat(-kInfinity));
   }
-  const Ints row = add(lane_numbers(), splat(int32_t(panel.first + v * kLanes)));
-  return select(equal(row, splat(int32_t(column))), splat(-kInfinity), score);
+  const Ints query = add(lane_numbers(), splat(int32_t(panel.first + v * kLanes)));
+  return select(equal(query, splat(int32_t(column))), splat(-kInfinity), score);
 }
 
 // The weight, or 0 where dropout takes it away.
-inline Floats kept_weight(Floats weight, const QueryPanel& panel, int64_t column, int v, const Limits& limits) {
-  const Ints hash = entry_hash(add(load(panel.dropout_keys + v * kLanes), word(uint32_t(column) * kGolden)));
-  return select(at_most_unsigned(hash, word(limits.dropout)), weight, splat(0.f));
+inline Floats kept_weight(
+    Floats weight, const KeyTile& tile, int64_t row, const QueryPanel& panel, int v, const Limits& limits) {
+  const Ints hash = entry_hash(add(load(panel.dropout_keys + v * kLanes), splat(tile.column_keys[row])));
+  return keep(at_most_unsigned(hash, word(limits.dropout)), weight);
 }
 
 [[gnu::noinline]] inline void rescale(float* values, int64_t rows, Floats factor_0, Floats factor_1) {
@@ -88,7 +92,7 @@ void attend(const KeyTile& tile, int64_t width, const Limits& limits, const Quer
         panel.queries, keys, width, width, fetch_ahead(keys + R * width, 64 * kPrefetchLines), scores);
     if constexpr (kSampled) {
       for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < 2; ++v) scores[r][v] = sampled_score(scores[r][v], panel, tile.first + first + r, v, limits);
+        for (int v = 0; v < 2; ++v) scores[r][v] = sampled_score(scores[r][v], tile, first + r, panel, v, limits);
       }
     }
     if (first + R > tile.count) {
@@ -126,7 +130,7 @@ void attend(const KeyTile& tile, int64_t width, const Limits& limits, const Quer
       for (int v = 0; v < 2; ++v) {
         Floats weight = scores[r][v];
         fresh[v] = add(fresh[v], weight);
-        if constexpr (kDropout) weight = kept_weight(weight, panel, tile.first + first + r, v, limits);
+        if constexpr (kDropout) weight = kept_weight(weight, tile, first + r, panel, v, limits);
         store(weights + (first + r) * kPanel + v * kLanes, weight);
       }
     }
@@ -187,6 +191,7 @@ void attention_forward(const AttentionCall& call, const ForwardTensors<T>& tenso
   float* const total = take(block);
   int32_t* const sampling_keys = reinterpret_cast<int32_t*>(take(block));
   int32_t* const dropout_keys = reinterpret_cast<int32_t*>(take(block));
+  int32_t* const column_keys = reinterpret_cast<int32_t*>(take(key_block + kTileRows));
 
   const int64_t begin = call.bounds[queries.sequence], length = call.rows(queries.sequence);
   pack_panels(
@@ -221,7 +226,8 @@ void attention_forward(const AttentionCall& call, const ForwardTensors<T>& tenso
   Attend* const attend_panel = attend_for(call);
   const Limits limits{call.keep_limit, call.dropout_limit};
   for (int64_t first = 0; first < length; first += key_block) {
-    const KeyTile tile{keys, values, first, std::min<int64_t>(key_block, length - first)};
+    const KeyTile tile{keys, values, column_keys, first, std::min<int64_t>(key_block, length - first)};
+    if (call.sampled || call.dropout) write_column_keys(first, key_block + kTileRows, column_keys);
     const HeadRows<const T>&k = tensors.k, &v = tensors.v;
     copy_rows(k.at(begin + first, queries.head), k.row_stride, tile.count, call.width, width, keys);
     std::fill_n(keys + tile.count * width, kTileRows * width, 0.f);

@@ -1,6 +1,6 @@
 // The random decisions of sampled attention and dropout, as m3kernels/attention/reference.py defines them: an entry
-// (row, column) is kept if hash(row key + column · kGolden) <= limit. The key of a row is computed here, once; the hash of
-// an entry, in vectors, in attention_tiles.h.
+// (row, column) is kept if hash(row key + column key) <= limit. Keys of rows and columns are computed here, once each; the
+// hash of an entry, in vectors, in attention_tiles.h.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,6 @@
 
 namespace m3 {
 
-constexpr uint32_t kGolden = 0x9E3779B1u;
 constexpr uint32_t kMultiplier0 = 0x21F0AAADu, kMultiplier1 = 0x735A2D97u;
 constexpr uint32_t kSharedByHeads = 0xFFFFFFFFu;
 
@@ -17,6 +16,10 @@ inline uint32_t mix(uint32_t x) {
   x = (x ^ (x >> 16)) * kMultiplier0;
   x = (x ^ (x >> 15)) * kMultiplier1;
   return x ^ (x >> 15);
+}
+
+inline void write_column_keys(int64_t first, int64_t columns, int32_t* keys) {
+  for (int64_t column = 0; column < columns; ++column) keys[column] = static_cast<int32_t>(mix(uint32_t(first + column)));
 }
 
 // What the rows' keys of one sequence and stream have in common; a row's key is mix(row + this).

@@ -81,12 +81,12 @@ constexpr int64_t forward_scratch(int64_t padded_width) {
   const int64_t vectors = (2 * queries + 2 * keys + kMostHeight) * padded_width + (keys + kMostHeight) * kMostPanel;
   // Tiles of AMX hold three halves of a float for each number.
   const int64_t tiles = (5 * queries / 2 + 3 * kTileKeys) * tiled_width(padded_width) + 5 * kTileKeys / 2 * kMostPanel;
-  return std::max(vectors, tiles) + 5 * queries;
+  return std::max(vectors, tiles) + 5 * queries + keys + kMostHeight;
 }
 constexpr int64_t backward_scratch(int64_t padded_width) {
   const int64_t keys = backward_key_block(padded_width), queries = kBackwardQueryBlock;
   return 4 * keys * padded_width + keys * panelled_width(padded_width) + 2 * (queries + kMostHeight) * padded_width +
-      queries * (keys + kMostPanel) + 4 * queries;
+      queries * (keys + kMostPanel) + 4 * queries + keys;
 }
 
 // At most kMostTilesInBlock · forward_key_block(width) query rows against all keys of their sequence.

@@ -42,9 +42,8 @@ void pack_panels(
   }
 }
 
-// The hash of the entries whose row key plus column · kGolden is x.
+// The hash of the entries whose row key plus column key is x.
 inline Ints entry_hash(Ints x) {
-  x = multiply(exclusive_or(x, shift_right<16>(x)), splat(static_cast<int32_t>(kMultiplier0)));
   return multiply(exclusive_or(x, shift_right<15>(x)), splat(static_cast<int32_t>(kMultiplier1)));
 }
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
-_GOLDEN = 0x9E3779B1
 _MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)
 SHARED_BY_HEADS = _WORD
 """Stream number of decisions that all heads share."""
@@ -30,11 +29,12 @@ SHARED_BY_HEADS = _WORD
 
 def mix(x: Tensor) -> Tensor:
     """A 32-bit integer hash (xor-shift, multiply, twice) of the low 32 bits of int64 `x`, as int64 in [0, 2³²)."""
-    return _finish(x & _WORD) ^ (_finish(x & _WORD) >> 15)
+    x = x & _WORD
+    x = _finish(((x ^ (x >> 16)) * _MULTIPLIERS[0]) & _WORD)
+    return x ^ (x >> 15)
 
 
 def _finish(x: Tensor) -> Tensor:
-    x = ((x ^ (x >> 16)) * _MULTIPLIERS[0]) & _WORD
     return ((x ^ (x >> 15)) * _MULTIPLIERS[1]) & _WORD
 
 
@@ -53,11 +53,14 @@ def keep_limit(probability: float) -> int:
 
 
 def kept(seed: int, sequence: int, stream: int, length: int, probability: float, device: torch.device) -> Tensor:
-    """Decision for every (row, column) of a sequence: bool [length, length]."""
+    """Decision for every (row, column) of a sequence: bool [length, length].
+
+    The sum of two mixed keys is finished by one xor-shift and one multiplication, half of a `mix`: what an entry costs
+    is what dropout costs.
+    """
     positions = torch.arange(length, dtype=torch.int64, device=device)
     keys = row_keys(seed, sequence, stream, positions)
-    x = (keys[:, None] + positions[None, :] * _GOLDEN) & _WORD
-    return _finish(x) <= keep_limit(probability)
+    return _finish((keys[:, None] + mix(positions)[None, :]) & _WORD) <= keep_limit(probability)
 
 
 def sampled_mask(seed: int, sequence: int, length: int, keep_probability: float, device: torch.device) -> Tensor:

@@ -42,7 +42,6 @@ OPTION_SETS = dict.fromkeys(
 """Kernel → the sets of compile-time switches that calls turn on."""
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
-_GOLDEN = tl.constexpr(0x9E3779B1)
 _MULTIPLIER_0 = tl.constexpr(0x21F0AAAD)
 _MULTIPLIER_1 = tl.constexpr(0x735A2D97)
 _SHARED_BY_HEADS = tl.constexpr(0xFFFFFFFF)
@@ -426,15 +425,14 @@ def wrap_add(x, y):
 
 
 @triton.jit
-def half_mix(x):
-    """The reference's hash of uint32 without its last xor-shift, as `is_kept` uses it."""
-    x = wrap_mul(x ^ (x >> 16), _MULTIPLIER_0)
+def finish(x):
     return wrap_mul(x ^ (x >> 15), _MULTIPLIER_1)
 
 
 @triton.jit
 def mix(x):
-    x = half_mix(x)
+    """The reference's hash of uint32."""
+    x = finish(wrap_mul(x ^ (x >> 16), _MULTIPLIER_0))
     return x ^ (x >> 15)
 
 
@@ -448,7 +446,8 @@ def row_keys(seed_key, sequence, stream, rows):
 
 @triton.jit
 def is_kept(keys, columns, limit):
-    return half_mix(wrap_add(keys, wrap_mul(columns.to(tl.uint32), _GOLDEN))) <= limit.to(tl.uint32)
+    """By the keys of rows and the numbers of columns, one of them [M, 1], the other [1, N]."""
+    return finish(wrap_add(keys, mix(columns.to(tl.uint32)))) <= limit.to(tl.uint32)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import pytest
 from m3kernels import _library
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set that the CPU kernels are compiled for, forced; skipped where the machine lacks it."""
     kernel = _library.cpu_kernel("cpu_isa")

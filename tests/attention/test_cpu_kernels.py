@@ -69,12 +69,37 @@ def test_every_instruction_set_of_the_machine_agrees(instruction_set: str, rando
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("random", RANDOM)
-def test_narrow_dtypes_are_rounded_once(dtype: torch.dtype, random: str) -> None:
+def test_narrow_dtypes_are_rounded_once(dtype: torch.dtype, random: str, instruction_set: str) -> None:
     """Sums run in float32: out is rounded once; its rounding enters the gradients through δ a second time."""
     errors = relative_errors(*draw([1, 130, 70], 2, 64, dtype), RANDOM[random])
     unit = torch.finfo(dtype).eps / 2
     assert errors[0] <= 2 * unit, errors
     assert max(errors[1:]) <= 8 * unit, errors
+
+
+def test_products_of_bfloat16_parts_are_as_exact_as_multiply_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMX multiplies float32 in parts (csrc/cpu/micro/amx.h), also where magnitudes lie far apart."""
+    kernel = _library.cpu_kernel("flash_attention_forward")
+    assert kernel is not None
+    rows, _, offsets = draw([3, 400, 77], 2, 64, torch.float32)
+    spread = torch.exp2(torch.randint(-12, 12, (64,), generator=torch.Generator().manual_seed(3)).float())
+    rows = [rows[0] * spread, rows[1] / spread, rows[2] * spread]
+    exact, _ = reference.flash_attention_varlen(*(x.double() for x in rows), offsets, 64**-0.5)
+    errors = {}
+    for isa in ("avx512", "amx"):
+        monkeypatch.setenv("M3_CPU_ISA", isa)
+        try:
+            out = flash_attention_varlen(*rows, offsets)
+        except RuntimeError:
+            pytest.skip(f"this machine has no {isa}")
+        errors[isa] = float(((out - exact) / spread).abs().max())
+    assert errors["amx"] <= 2 * errors["avx512"], errors
+
+
+def test_numbers_near_the_largest_are_not_taken_for_infinities(instruction_set: str) -> None:
+    rows, _, offsets = draw([1, 39], 1, 32, torch.float32)
+    rows[2][0, 0, 5] = torch.finfo(torch.float32).max
+    torch.testing.assert_close(flash_attention_varlen(*rows, offsets)[0], rows[2][0])
 
 
 def test_strided_rows_of_a_fused_projection_are_read_in_place() -> None:
@@ -146,3 +171,22 @@ def test_the_hash_is_uniform_and_rows_columns_and_heads_are_independent() -> Non
         assert 0.85 < spread < 1.15, spread
     for product in (first * second, first[:, 1:] * first[:, :-1], first[1:] * first[:-1]):
         assert abs(product.mean() - probability**2) < 5 * deviation / length
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_the_hash_gives_pairs_of_rows_and_rectangles_no_pattern(probability: float) -> None:
+    """Keys of rows and columns are added: entries (i, j), (i, l), (k, j), (k, l) share them, and must not show it."""
+    length, device = 768, torch.device("cpu")
+    others = ~torch.eye(length, dtype=torch.bool)
+    for seed in range(3):
+        decisions = reference.kept(seed, 0, 0, length, probability, device).double()
+        standard = (decisions - probability) / math.sqrt(probability * (1 - probability))
+        agreement = (standard @ standard.T / math.sqrt(length))[others]  # of independent rows nearly normal
+        kurtosis = (probability**3 + (1 - probability) ** 3) / (probability * (1 - probability))
+        assert abs(agreement.square().mean() - 1) < 0.03
+        assert abs(agreement.pow(4).mean() - 3 - (kurtosis**2 - 3) / length) < 0.15
+        assert agreement.abs().max() < 7.5
+        for step in (1, 2, 3, 8, 64):
+            upper, lower = standard[:-step], standard[step:]
+            corners = upper[:, :-step] * upper[:, step:] * lower[:, :-step] * lower[:, step:]
+            assert abs(corners.mean()) * (length - step) < 5

@@ -62,6 +62,9 @@ inline Floats select(Mask mask, Floats yes, Floats no) { return _mm256_blendv_ps
 inline Ints select(Mask mask, Ints yes, Ints no) {
   return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(no), _mm256_castsi256_ps(yes), mask));
 }
+// x, and elsewhere 0 or -x.
+inline Floats keep(Mask mask, Floats x) { return _mm256_and_ps(mask, x); }
+inline Floats keep_sign(Mask mask, Floats x) { return _mm256_xor_ps(x, _mm256_andnot_ps(mask, _mm256_set1_ps(-0.f))); }
 
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }

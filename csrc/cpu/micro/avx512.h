@@ -66,6 +66,9 @@ inline Mask beats(Floats x, Floats best) {
 }
 inline Floats select(Mask mask, Floats yes, Floats no) { return _mm512_mask_blend_ps(mask, no, yes); }
 inline Ints select(Mask mask, Ints yes, Ints no) { return _mm512_mask_blend_epi32(mask, no, yes); }
+// x, and elsewhere 0 or -x.
+inline Floats keep(Mask mask, Floats x) { return _mm512_maskz_mov_ps(mask, x); }
+inline Floats keep_sign(Mask mask, Floats x) { return _mm512_mask_sub_ps(x, _knot_mask16(mask), _mm512_setzero_ps(), x); }
 
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }

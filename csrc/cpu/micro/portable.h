@@ -66,6 +66,9 @@ inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 inline Mask beats(Floats x, Floats best) { return (x > best) | (x != x); }
 inline Floats select(Mask mask, Floats yes, Floats no) { return mask ? yes : no; }
 inline Ints select(Mask mask, Ints yes, Ints no) { return mask ? yes : no; }
+// x, and elsewhere 0 or -x.
+inline Floats keep(Mask mask, Floats x) { return reinterpret_cast<Floats>(mask & reinterpret_cast<Ints>(x)); }
+inline Floats keep_sign(Mask mask, Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) ^ (~mask & INT32_MIN)); }
 
 inline Floats add(Floats a, Floats b) { return a + b; }
 inline Floats subtract(Floats a, Floats b) { return a - b; }
