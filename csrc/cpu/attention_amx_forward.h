@@ -5,11 +5,8 @@
 //
 // Keys are rows of tiles, queries columns: again the softmax is lane-wise, and its weights, rounded in pairs of keys, are at
 // once the columns of the second product. Keys, values and queries are cut into bfloat16 parts when they are packed, the
-// weights as they are made. A tile of keys is passed over by panels of 32 queries; for one panel
-//   scores    kTileKeys x 32 products, in the first-level cache
-//   maximum   of all of them, so that m moves before any weight is made
-//   weights   in parts
-//   sums      of the panel
+// weights as they are made. A tile of keys is passed over by panels of 32 queries: scores of one panel, their maximum, so
+// that m moves before any weight is made, weights, sums. Tiles and vectors work side by side, on neighbouring panels.
 //
 // 4 · D multiply-adds for each pair of rows, times the products of parts (6 for float32). Bytes: as attention_forward.h.
 #pragma once
@@ -119,27 +116,87 @@ bool pack_transposed_tiles(const T* from, int64_t row_stride, int64_t rows, int6
 struct SplitKeys {
   const BFloat16 *keys, *values;
   KeyTile tile;  // without its rows
+
+  int64_t steps() const { return (tile.count + kTileDepth - 1) / kTileDepth; }
 };
 
-// kParts: of the inputs and of the weights. queries: column tiles of the panel.
-template <int kParts, bool kSampled, bool kDropout>
-void attend_on_tiles(
-    const SplitKeys& split,
-    int64_t width,
-    float factor,
-    const Limits& limits,
-    const QueryPanel& panel,
-    const BFloat16* queries,
-    float* scores,
-    BFloat16* weights) {
-  const KeyTile& tile = split.tile;
-  const int64_t depth_steps = width / kTileDepth, key_steps = (tile.count + kTileDepth - 1) / kTileDepth;
-  const int64_t padded = key_steps * kTileDepth;
-  const TileOperand columns = packed_tiles(queries, kParts, depth_steps);
-  for (int64_t row = 0; row < padded; row += kPairRows) {
-    const TileOperand rows = packed_tiles(split.keys + row * width * kParts, kParts, depth_steps);
-    multiply_tiles<kParts, 2, 2, false>(rows, columns, depth_steps, scores + row * kPanel, kPanel);
+// What one panel of queries needs while it meets a tile of keys. queries: column tiles.
+struct PanelWork {
+  QueryPanel panel;
+  const BFloat16* queries;
+  float* scores;      // [keys][kPanel]
+  BFloat16* weights;  // column tiles
+};
+
+// The products of one panel's scores and of another one's sums, issued a group of four at a time: what vectors do between
+// two groups runs while the tiles multiply.
+template <int kParts>
+class WaitingProducts {
+ public:
+  WaitingProducts(const SplitKeys& split, int64_t width) : split_(split), width_(width) {}
+
+  void scores_of(const PanelWork& work) {
+    scores_work_ = &work;
+    count_ += split_.steps();
   }
+  void sums_of(const PanelWork& work) {
+    sums_work_ = &work;
+    count_ += width_ / kPairRows;
+  }
+
+  int64_t groups() const {
+    const int64_t of_scores = scores_work_ == nullptr ? 0 : width_ / kTileDepth;
+    const int64_t of_sums = sums_work_ == nullptr ? 0 : width_ / kPairRows;
+    return kGroups * split_.steps() * (of_scores + of_sums);
+  }
+
+  bool waiting() const { return product_ < count_; }
+
+  [[gnu::always_inline]] void issue() {
+    if (group_ == 0 && step_ == 0) begin();
+    multiply_group<kParts, 2, 2>(rows_, columns_, group_);
+    if (++group_ < kGroups) return;
+    group_ = 0;
+    rows_ = rows_.from_step(1);
+    columns_ = columns_.from_step(1);
+    if (++step_ < steps_) return;
+    step_ = 0;
+    ++product_;
+    store_sums<2, 2>(to_, kPanel);
+  }
+
+ private:
+  static constexpr int kGroups = m3::M3_ISA::kGroups<kParts>;
+
+  // Sums first, they are the older work.
+  void begin() {
+    const int64_t sums = sums_work_ == nullptr ? 0 : width_ / kPairRows;
+    const bool of_sums = product_ < sums;
+    const int64_t key_steps = split_.steps();
+    steps_ = of_sums ? key_steps : width_ / kTileDepth;
+    const int64_t first = (of_sums ? product_ : product_ - sums) * kPairRows;
+    const BFloat16* const rows = (of_sums ? split_.values : split_.keys) + first * steps_ * kTileDepth * kParts;
+    rows_ = packed_tiles(rows, kParts, steps_);
+    columns_ = packed_tiles(of_sums ? sums_work_->weights : scores_work_->queries, kParts, steps_);
+    to_ = (of_sums ? sums_work_->panel.sums : scores_work_->scores) + first * kPanel;
+    load_sums<2, 2>(of_sums ? to_ : nullptr, kPanel);
+  }
+
+  const SplitKeys& split_;
+  const int64_t width_;
+  const PanelWork *scores_work_ = nullptr, *sums_work_ = nullptr;
+  int64_t count_ = 0, product_ = 0, step_ = 0, steps_ = 0;
+  int group_ = 0;
+  TileOperand rows_{}, columns_{};
+  float* to_ = nullptr;
+};
+
+// Settles m for all scores of the panel, which are in memory, and rescales the panel's sums where it rose.
+template <bool kSampled>
+void settle_shift(const SplitKeys& split, int64_t width, float factor, const Limits& limits, const PanelWork& work) {
+  const KeyTile& tile = split.tile;
+  const QueryPanel& panel = work.panel;
+  float* const scores = work.scores;
   if constexpr (kSampled) {
     for (int64_t row = 0; row < tile.count; ++row) {
       for (int v = 0; v < 2; ++v) {
@@ -148,76 +205,103 @@ void attend_on_tiles(
       }
     }
   }
-  std::fill(scores + tile.count * kPanel, scores + padded * kPanel, -kInfinity);
-
-  Floats best[2] = {splat(-kInfinity), splat(-kInfinity)};
+  std::fill(scores + tile.count * kPanel, scores + split.steps() * kTileDepth * kPanel, -kInfinity);
+  Floats best[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
+  for (int64_t row = 0; row < split.steps() * kTileDepth; row += 2) {
 #pragma GCC unroll 4
-  for (int64_t row = 0; row < tile.count; ++row) {
-    for (int v = 0; v < 2; ++v) best[v] = larger(load(scores + row * kPanel + v * kLanes), best[v]);
+    for (int n = 0; n < 4; ++n) best[n] = larger(load(scores + row * kPanel + n * kLanes), best[n]);
   }
-  Floats shift[2], total[2];
-  const Floats factors = splat(factor);
   for (int v = 0; v < 2; ++v) {
-    shift[v] = load(panel.shift + v * kLanes);
-    total[v] = splat(0.f);
-    best[v] = subtract(multiply(best[v], factors), shift[v]);
+    const Floats shift = load(panel.shift + v * kLanes), bound = load(panel.bound + v * kLanes);
+    best[v] = subtract(multiply(larger(best[v], best[2 + v]), splat(factor)), shift);
+    best[2 + v] = bound;
   }
-  const Floats bound_0 = load(panel.bound), bound_1 = load(panel.bound + kLanes);
-  if (!all_at_most(best[0], bound_0) || !all_at_most(best[1], bound_1)) [[unlikely]] {
-    Floats change[2];
-    for (int v = 0; v < 2; ++v) {
-      const Floats bound = v == 0 ? bound_0 : bound_1;
-      const Mask exceeds = beats(best[v], bound);
-      const Floats rise = select(exceeds, best[v], splat(0.f));
-      const Mask nothing_yet = beats(splat(0.f), bound);
-      change[v] = select(nothing_yet, splat(1.f), exp2(subtract(splat(0.f), rise)));
-      shift[v] = add(shift[v], rise);
-      store(panel.shift + v * kLanes, shift[v]);
-      store(panel.bound + v * kLanes, select(exceeds, splat(kSlack), bound));
-      store(panel.total + v * kLanes, multiply(load(panel.total + v * kLanes), change[v]));
-    }
-    rescale(panel.sums, width, change[0], change[1]);
+  if (all_at_most(best[0], best[2]) && all_at_most(best[1], best[3])) [[likely]] return;
+  Floats change[2];
+  for (int v = 0; v < 2; ++v) {
+    const Mask exceeds = beats(best[v], best[2 + v]);
+    const Floats rise = select(exceeds, best[v], splat(0.f));
+    const Mask nothing_yet = beats(splat(0.f), best[2 + v]);
+    change[v] = select(nothing_yet, splat(1.f), exp2(subtract(splat(0.f), rise)));
+    store(panel.shift + v * kLanes, add(load(panel.shift + v * kLanes), rise));
+    store(panel.bound + v * kLanes, select(exceeds, splat(kSlack), best[2 + v]));
+    store(panel.total + v * kLanes, multiply(load(panel.total + v * kLanes), change[v]));
   }
+  rescale(panel.sums, width, change[0], change[1]);
+}
 
-  const int64_t column_tile = key_steps * kParts * kTileElements;
-  for (int64_t step = 0; step < key_steps; ++step) {
-    BFloat16* const words = weights + step * kParts * kTileElements;
-    for (int64_t i = 0; i < kTileSide; ++i) {
-      const int64_t row = step * kTileDepth + i, later = row + kTileSide;
-      Floats both[4] = {
-          load(scores + row * kPanel),
-          load(scores + row * kPanel + kLanes),
-          load(scores + later * kPanel),
-          load(scores + later * kPanel + kLanes)};
-      for (int n = 0; n < 4; ++n) both[n] = _mm512_fmsub_ps(both[n], factors, shift[n % 2]);
+// The weights of the panel, in parts, and what they add to its total; meanwhile `products` are issued.
+template <int kParts, bool kDropout>
+void make_weights(
+    const SplitKeys& split, float factor, const Limits& limits, const PanelWork& work, WaitingProducts<kParts>& products) {
+  const QueryPanel& panel = work.panel;
+  const Floats factors = splat(factor), shift[2] = {load(panel.shift), load(panel.shift + kLanes)};
+  Floats total[2] = {splat(0.f), splat(0.f)};
+  const int64_t steps = split.steps(), groups = products.groups(), pairs = steps * kTileSide;
+  const int64_t column_tile = steps * kParts * kTileElements;
+  int64_t due = 0;
+  for (int64_t step = 0; step < steps; ++step) {
+    BFloat16* words = work.weights + step * kParts * kTileElements;
+    const float* scores = work.scores + step * kTileDepth * kPanel;
+    for (int64_t i = 0; i < kTileSide; ++i, words += kTileDepth, scores += kPanel) {
+      for (due += groups; due >= pairs; due -= pairs) products.issue();
+      // Rows i and i + 16 of the step make a pair.
+      const float* const later = scores + kTileSide * kPanel;
+      Floats both[4] = {load(scores), load(scores + kLanes), load(later), load(later + kLanes)};
+      for (int n = 0; n < 4; ++n) both[n] = multiply_subtract(both[n], factors, shift[n % 2]);
       exp2(both);
       for (int n = 0; n < 4; ++n) {
         total[n % 2] = add(total[n % 2], both[n]);
-        if constexpr (kDropout) both[n] = kept_weight(both[n], tile, n < 2 ? row : later, panel, n % 2, limits);
+        const int64_t row = step * kTileDepth + i + (n < 2 ? 0 : kTileSide);
+        if constexpr (kDropout) both[n] = kept_weight(both[n], split.tile, row, panel, n % 2, limits);
       }
-      split_pairs<kParts>(both[0], both[2], words + i * kTileDepth, kTileElements);
-      split_pairs<kParts>(both[1], both[3], words + column_tile + i * kTileDepth, kTileElements);
+      split_pairs<kParts>(both[0], both[2], words, kTileElements);
+      split_pairs<kParts>(both[1], both[3], words + column_tile, kTileElements);
     }
   }
   for (int v = 0; v < 2; ++v) {
     float* const at = panel.total + v * kLanes;
     store(at, add(load(at), total[v]));
   }
-  const TileOperand weight_columns = packed_tiles(weights, kParts, key_steps);
-  for (int64_t e = 0; e < width; e += kPairRows) {
-    const TileOperand rows = packed_tiles(split.values + e * padded * kParts, kParts, key_steps);
-    multiply_tiles<kParts, 2, 2, true>(rows, weight_columns, key_steps, panel.sums + e * kPanel, kPanel);
-  }
+  while (products.waiting()) products.issue();
 }
 
-template <int kParts>
-using AttendOnTiles =
-    void(const SplitKeys&, int64_t, float, const Limits&, const QueryPanel&, const BFloat16*, float*, BFloat16*);
+// All panels of a block meet a tile of keys. While the weights of one panel are made, the sums of the panel before it and
+// the scores of the one behind it are multiplied; so there are two of each buffer. work_of(panel number).
+template <int kParts, bool kSampled, bool kDropout, class WorkOf>
+void attend_on_tiles(
+    const SplitKeys& split, int64_t width, float factor, const Limits& limits, int64_t panels, const WorkOf& work_of) {
+  PanelWork before, here = work_of(0), next;
+  WaitingProducts<kParts> first(split, width);
+  first.scores_of(here);
+  while (first.waiting()) first.issue();
+  for (int64_t number = 0; number < panels; ++number) {
+    WaitingProducts<kParts> products(split, width);
+    if (number > 0) products.sums_of(before);
+    if (number + 1 < panels) {
+      next = work_of(number + 1);
+      products.scores_of(next);
+    }
+    settle_shift<kSampled>(split, width, factor, limits, here);
+    make_weights<kParts, kDropout>(split, factor, limits, here, products);
+    before = here;
+    here = next;
+  }
+  WaitingProducts<kParts> last(split, width);
+  last.sums_of(before);
+  while (last.waiting()) last.issue();
+}
 
-template <int kParts>
-AttendOnTiles<kParts>* attend_on_tiles_for(const AttentionCall& call) {
-  if (call.sampled) return call.dropout ? &attend_on_tiles<kParts, true, true> : &attend_on_tiles<kParts, true, false>;
-  return call.dropout ? &attend_on_tiles<kParts, false, true> : &attend_on_tiles<kParts, false, false>;
+template <int kParts, class WorkOf>
+void attend_for(
+    const AttentionCall& call, const SplitKeys& split, int64_t width, float factor, int64_t panels, const WorkOf& work_of) {
+  const Limits limits{call.keep_limit, call.dropout_limit};
+  if (call.sampled) {
+    if (call.dropout) return attend_on_tiles<kParts, true, true>(split, width, factor, limits, panels, work_of);
+    return attend_on_tiles<kParts, true, false>(split, width, factor, limits, panels, work_of);
+  }
+  if (call.dropout) return attend_on_tiles<kParts, false, true>(split, width, factor, limits, panels, work_of);
+  attend_on_tiles<kParts, false, false>(split, width, factor, limits, panels, work_of);
 }
 
 // Whether it could be done: all numbers were finite and none nearly an infinity.
@@ -237,8 +321,8 @@ bool forward_on_tiles(const AttentionCall& call, const ForwardTensors<T>& tensor
   BFloat16* const packed = take_parts(block * width);
   BFloat16* const keys = take_parts(key_block * width);
   BFloat16* const values = take_parts(key_block * width);
-  BFloat16* const weights = take_parts(key_block * kPanel);
-  float* const scores = take(key_block * kPanel);
+  BFloat16* const weights = take_parts(2 * key_block * kPanel);
+  float* const scores = take(2 * key_block * kPanel);
   float* const sums = take(block * width);
   float* const shift = take(block);
   float* const bound = take(block);
@@ -272,17 +356,17 @@ bool forward_on_tiles(const AttentionCall& call, const ForwardTensors<T>& tensor
         sampling_keys + at,
         dropout_keys + at};
   };
-  const auto attend_panel = attend_on_tiles_for<P>(call);
-  const Limits limits{call.keep_limit, call.dropout_limit};
+  const auto work_of = [&](int64_t number) {
+    const int64_t at = number * kPanel, buffer = number % 2 * key_block * kPanel;
+    return PanelWork{panel_at(at), packed + at * width * P, scores + buffer, weights + buffer * P};
+  };
   for (int64_t first = 0; first < length; first += key_block) {
     const int64_t count = std::min<int64_t>(key_block, length - first);
-    const SplitKeys tile{keys, values, {nullptr, nullptr, column_keys, first, count}};
+    const SplitKeys split{keys, values, {nullptr, nullptr, column_keys, first, count}};
     if (call.sampled || call.dropout) write_column_keys(first, key_block, column_keys);
     if (!pack_row_tiles(k.at(begin + first, queries.head), k.row_stride, count, call.width, 1.f, keys)) return false;
     if (!pack_transposed_tiles(v.at(begin + first, queries.head), v.row_stride, count, call.width, values)) return false;
-    for (int64_t at = 0; at < rows; at += kPanel) {
-      attend_panel(tile, width, factor, limits, panel_at(at), packed + at * width * P, scores, weights);
-    }
+    attend_for<P>(call, split, width, factor, block / kPanel, work_of);
   }
   for (int64_t at = 0; at < rows; at += kPanel) write_panel(call, tensors, queries, panel_at(at));
   return true;

@@ -80,7 +80,7 @@ constexpr int64_t forward_scratch(int64_t padded_width) {
   const int64_t keys = forward_key_block(padded_width), queries = kMostTilesInBlock * keys;
   const int64_t vectors = (2 * queries + 2 * keys + kMostHeight) * padded_width + (keys + kMostHeight) * kMostPanel;
   // Tiles of AMX hold three halves of a float for each number.
-  const int64_t tiles = (5 * queries / 2 + 3 * kTileKeys) * tiled_width(padded_width) + 5 * kTileKeys / 2 * kMostPanel;
+  const int64_t tiles = (5 * queries / 2 + 3 * kTileKeys) * tiled_width(padded_width) + 5 * kTileKeys * kMostPanel;
   return std::max(vectors, tiles) + 5 * queries + keys + kMostHeight;
 }
 constexpr int64_t backward_scratch(int64_t padded_width) {

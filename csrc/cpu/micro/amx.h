@@ -134,56 +134,59 @@ template <int kRowTiles, int kColumnTiles, bool kBytes>
   }
 }
 
-// sums += rows · columns over `steps`, sums being in the tiles already. kParts = 0: bytes.
+// A step is done in groups of products with the same part of rows and of columns, in an order in which the part of the
+// columns that is loaded last serves the next part of the rows too. kParts = 0: bytes.
+template <int kParts>
+constexpr int kGroups = kParts == 3 ? 6 : kParts == 2 ? 4 : 1;
+
 template <int kParts, int kRowTiles, int kColumnTiles>
-[[gnu::always_inline]] inline void multiply_into_tiles(TileOperand rows, TileOperand columns, int64_t steps) {
+[[gnu::always_inline]] inline void multiply_group(const TileOperand& rows, const TileOperand& columns, int group) {
   const auto with_rows = [&](int part) __attribute__((always_inline)) { load_rows<kRowTiles, kColumnTiles>(rows, part); };
   const auto with_columns = [&](int part) __attribute__((always_inline)) {
     load_columns<kRowTiles, kColumnTiles>(columns, part);
-    dot_loaded<kRowTiles, kColumnTiles, kParts == 0>();
   };
-  for (int64_t step = 0; step < steps; ++step) {
+  // Parts (0, 0) (0, 2) (0, 1) (1, 1) (1, 0) (2, 0); of two (0, 0) (0, 1) (1, 1) (1, 0).
+  constexpr int kSecond = kParts == 3 ? 2 : 1;
+  if (group == 0) {
     with_rows(0);
     with_columns(0);
-    if constexpr (kParts == 2) {
-      with_columns(1);
-      with_rows(1);
-      dot_loaded<kRowTiles, kColumnTiles, false>();
-      with_columns(0);
-    }
-    if constexpr (kParts == 3) {
-      with_columns(2);
-      with_columns(1);
-      with_rows(1);
-      dot_loaded<kRowTiles, kColumnTiles, false>();
-      with_columns(0);
-      with_rows(2);
-      dot_loaded<kRowTiles, kColumnTiles, false>();
-    }
-    rows = rows.from_step(1);
-    columns = columns.from_step(1);
+  } else if (kParts == 3 && group == 1) {
+    with_columns(2);
+  } else if (group == kSecond) {
+    with_columns(1);
+  } else if (group == kSecond + 1) {
+    with_rows(1);
+  } else if (group == kSecond + 2) {
+    with_columns(0);
+  } else {
+    with_rows(2);
   }
+  dot_loaded<kRowTiles, kColumnTiles, kParts == 0>();
 }
 
-// sums[16 · kRowTiles][16 · kColumnTiles] = (kAdd: sums +) rows · columns; float32, of bytes int32. `stride` in elements.
-template <int kParts, int kRowTiles, int kColumnTiles, bool kAdd, class Sum>
-[[gnu::always_inline]] inline void multiply_tiles(
-    const TileOperand& rows, const TileOperand& columns, int64_t steps, Sum* sums, int64_t stride) {
+// Into tiles 0 to 3, and out of them; `stride` in elements. No sums: zeros.
+template <int kRowTiles, int kColumnTiles, class Sum>
+[[gnu::always_inline]] inline void load_sums(const Sum* sums, int64_t stride) {
   static_assert(sizeof(Sum) == 4);
-  const int64_t row = stride * sizeof(Sum);
-  Sum* const lower = sums + kTileSide * stride;
-  if constexpr (kAdd) {
-    tile_load<0>(sums, row);
-    if constexpr (kColumnTiles == 2) tile_load<1>(sums + kTileSide, row);
-    if constexpr (kRowTiles == 2) tile_load<2>(lower, row);
-    if constexpr (kRowTiles == 2 && kColumnTiles == 2) tile_load<3>(lower + kTileSide, row);
-  } else {
+  if (sums == nullptr) {
     tile_zero<0>();
     if constexpr (kColumnTiles == 2) tile_zero<1>();
     if constexpr (kRowTiles == 2) tile_zero<2>();
     if constexpr (kRowTiles == 2 && kColumnTiles == 2) tile_zero<3>();
+    return;
   }
-  multiply_into_tiles<kParts, kRowTiles, kColumnTiles>(rows, columns, steps);
+  const int64_t row = stride * sizeof(Sum);
+  const Sum* const lower = sums + kTileSide * stride;
+  tile_load<0>(sums, row);
+  if constexpr (kColumnTiles == 2) tile_load<1>(sums + kTileSide, row);
+  if constexpr (kRowTiles == 2) tile_load<2>(lower, row);
+  if constexpr (kRowTiles == 2 && kColumnTiles == 2) tile_load<3>(lower + kTileSide, row);
+}
+template <int kRowTiles, int kColumnTiles, class Sum>
+[[gnu::always_inline]] inline void store_sums(Sum* sums, int64_t stride) {
+  static_assert(sizeof(Sum) == 4);
+  const int64_t row = stride * sizeof(Sum);
+  Sum* const lower = sums + kTileSide * stride;
   tile_store<0>(sums, row);
   if constexpr (kColumnTiles == 2) tile_store<1>(sums + kTileSide, row);
   if constexpr (kRowTiles == 2) tile_store<2>(lower, row);
@@ -197,9 +200,9 @@ template <int kParts>
 #pragma GCC unroll 4
   for (int part = 0; part < kParts; ++part) {
     const bool rest = part + 1 < kParts;
-    // Rounded to nearest; the last part has no more than 8 bits.
-    const Ints low_bits = rest ? add(_mm512_castps_si512(low), half) : _mm512_castps_si512(low);
-    const Ints high_bits = rest ? add(_mm512_castps_si512(high), half) : _mm512_castps_si512(high);
+    // Rounded to nearest; the last of several parts has no more than 8 bits.
+    const Ints low_bits = rest || kParts == 1 ? add(_mm512_castps_si512(low), half) : _mm512_castps_si512(low);
+    const Ints high_bits = rest || kParts == 1 ? add(_mm512_castps_si512(high), half) : _mm512_castps_si512(high);
     // (high_bits & upper) | (low_bits >> 16)
     _mm512_storeu_si512(to + part * part_elements, _mm512_ternarylogic_epi32(high_bits, upper, shift_right<16>(low_bits), 0xea));
     if (rest) {

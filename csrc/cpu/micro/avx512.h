@@ -58,6 +58,7 @@ inline void store_low_bytes(uint8_t* to, Floats x) {
 }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 
 // Larger than `best`, or not a number: a NaN once taken is never lost.
