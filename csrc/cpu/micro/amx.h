@@ -134,60 +134,80 @@ template <int kRowTiles, int kColumnTiles, bool kBytes>
   }
 }
 
-// sums += rows · columns over `steps`, sums being in the tiles already. kParts = 0: bytes.
-template <int kParts, int kRowTiles, int kColumnTiles>
-[[gnu::always_inline]] inline void multiply_into_tiles(TileOperand rows, TileOperand columns, int64_t steps) {
+// sums += rows · columns over `steps`, sums being in the tiles already; the operands in kRowParts and kColumnParts parts, of
+// which the products of parts i and j with i + j <= 2 are taken. 0 parts: bytes. between(step) is called in each step: what
+// it does with vectors runs beside the tile instructions.
+template <int kRowParts, int kColumnParts, int kRowTiles, int kColumnTiles, class Between>
+[[gnu::always_inline]] inline void multiply_parts_into_tiles(
+    TileOperand rows, TileOperand columns, int64_t steps, const Between& between) {
+  static_assert((kRowParts == 0) == (kColumnParts == 0));
+  constexpr bool kBytes = kRowParts == 0;
   const auto with_rows = [&](int part) __attribute__((always_inline)) { load_rows<kRowTiles, kColumnTiles>(rows, part); };
   const auto with_columns = [&](int part) __attribute__((always_inline)) {
     load_columns<kRowTiles, kColumnTiles>(columns, part);
-    dot_loaded<kRowTiles, kColumnTiles, kParts == 0>();
+    dot_loaded<kRowTiles, kColumnTiles, kBytes>();
   };
   for (int64_t step = 0; step < steps; ++step) {
+    // In an order in which the part of the columns that is loaded last serves the next part of the rows too.
     with_rows(0);
     with_columns(0);
-    if constexpr (kParts == 2) {
-      with_columns(1);
+    if constexpr (kColumnParts == 3) with_columns(2);
+    if constexpr (kColumnParts >= 2) with_columns(1);
+    if constexpr (kRowParts >= 2) {
       with_rows(1);
-      dot_loaded<kRowTiles, kColumnTiles, false>();
-      with_columns(0);
+      dot_loaded<kRowTiles, kColumnTiles, kBytes>();
+      if constexpr (kColumnParts >= 2) with_columns(0);
     }
-    if constexpr (kParts == 3) {
-      with_columns(2);
-      with_columns(1);
-      with_rows(1);
-      dot_loaded<kRowTiles, kColumnTiles, false>();
-      with_columns(0);
+    if constexpr (kRowParts == 3) {
       with_rows(2);
-      dot_loaded<kRowTiles, kColumnTiles, false>();
+      dot_loaded<kRowTiles, kColumnTiles, kBytes>();
     }
     rows = rows.from_step(1);
     columns = columns.from_step(1);
+    between(step);
   }
+}
+template <int kParts, int kRowTiles, int kColumnTiles>
+[[gnu::always_inline]] inline void multiply_into_tiles(const TileOperand& rows, const TileOperand& columns, int64_t steps) {
+  multiply_parts_into_tiles<kParts, kParts, kRowTiles, kColumnTiles>(rows, columns, steps, [](int64_t) {});
+}
+
+// Into tiles 0 to 3, and out of them; `stride` in elements. No sums: zeros.
+template <int kRowTiles, int kColumnTiles, class Sum>
+[[gnu::always_inline]] inline void load_sums(const Sum* sums, int64_t stride) {
+  static_assert(sizeof(Sum) == 4);
+  if (sums == nullptr) {
+    tile_zero<0>();
+    if constexpr (kColumnTiles == 2) tile_zero<1>();
+    if constexpr (kRowTiles == 2) tile_zero<2>();
+    if constexpr (kRowTiles == 2 && kColumnTiles == 2) tile_zero<3>();
+    return;
+  }
+  const int64_t row = stride * sizeof(Sum);
+  const Sum* const lower = sums + kTileSide * stride;
+  tile_load<0>(sums, row);
+  if constexpr (kColumnTiles == 2) tile_load<1>(sums + kTileSide, row);
+  if constexpr (kRowTiles == 2) tile_load<2>(lower, row);
+  if constexpr (kRowTiles == 2 && kColumnTiles == 2) tile_load<3>(lower + kTileSide, row);
+}
+template <int kRowTiles, int kColumnTiles, class Sum>
+[[gnu::always_inline]] inline void store_sums(Sum* sums, int64_t stride) {
+  static_assert(sizeof(Sum) == 4);
+  const int64_t row = stride * sizeof(Sum);
+  Sum* const lower = sums + kTileSide * stride;
+  tile_store<0>(sums, row);
+  if constexpr (kColumnTiles == 2) tile_store<1>(sums + kTileSide, row);
+  if constexpr (kRowTiles == 2) tile_store<2>(lower, row);
+  if constexpr (kRowTiles == 2 && kColumnTiles == 2) tile_store<3>(lower + kTileSide, row);
 }
 
 // sums[16 · kRowTiles][16 · kColumnTiles] = (kAdd: sums +) rows · columns; float32, of bytes int32. `stride` in elements.
 template <int kParts, int kRowTiles, int kColumnTiles, bool kAdd, class Sum>
 [[gnu::always_inline]] inline void multiply_tiles(
     const TileOperand& rows, const TileOperand& columns, int64_t steps, Sum* sums, int64_t stride) {
-  static_assert(sizeof(Sum) == 4);
-  const int64_t row = stride * sizeof(Sum);
-  Sum* const lower = sums + kTileSide * stride;
-  if constexpr (kAdd) {
-    tile_load<0>(sums, row);
-    if constexpr (kColumnTiles == 2) tile_load<1>(sums + kTileSide, row);
-    if constexpr (kRowTiles == 2) tile_load<2>(lower, row);
-    if constexpr (kRowTiles == 2 && kColumnTiles == 2) tile_load<3>(lower + kTileSide, row);
-  } else {
-    tile_zero<0>();
-    if constexpr (kColumnTiles == 2) tile_zero<1>();
-    if constexpr (kRowTiles == 2) tile_zero<2>();
-    if constexpr (kRowTiles == 2 && kColumnTiles == 2) tile_zero<3>();
-  }
+  load_sums<kRowTiles, kColumnTiles, Sum>(kAdd ? sums : nullptr, stride);
   multiply_into_tiles<kParts, kRowTiles, kColumnTiles>(rows, columns, steps);
-  tile_store<0>(sums, row);
-  if constexpr (kColumnTiles == 2) tile_store<1>(sums + kTileSide, row);
-  if constexpr (kRowTiles == 2) tile_store<2>(lower, row);
-  if constexpr (kRowTiles == 2 && kColumnTiles == 2) tile_store<3>(lower + kTileSide, row);
+  store_sums<kRowTiles, kColumnTiles>(sums, stride);
 }
 
 // The words of 16 pairs (low[i], high[i]) of each part: to[part · part_elements][16][2].
