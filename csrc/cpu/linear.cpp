@@ -131,6 +131,7 @@ Tensor multiply(
     const Body& body) {
   const Tensor x = given_rows.stride(1) == 1 ? given_rows : torch::stable::contiguous(given_rows);
   const Tensor out = torch::stable::new_empty(x, {x.size(0), columns});
+  ask_for_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   const FilledUp terms(bias);
   std::optional<Tensor> added;
   if (residual.has_value()) added = torch::stable::contiguous(*residual);
