@@ -154,7 +154,7 @@ class WaitingProducts {
 
   [[gnu::always_inline]] void issue() {
     if (group_ == 0 && step_ == 0) begin();
-    multiply_group<kParts, 2, 2>(rows_, columns_, group_);
+    multiply_group<kParts, kParts, 2, 2>(rows_, columns_, group_);
     if (++group_ < kGroups) return;
     group_ = 0;
     rows_ = rows_.from_step(1);
@@ -166,7 +166,7 @@ class WaitingProducts {
   }
 
  private:
-  static constexpr int kGroups = m3::M3_ISA::kGroups<kParts>;
+  static constexpr int kGroups = m3::M3_ISA::kGroups<kParts, kParts>;
 
   // Sums first, they are the older work.
   void begin() {

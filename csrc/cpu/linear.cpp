@@ -12,6 +12,7 @@
 
 #include <optional>
 
+#include "linear_amx_products.h"
 #include "linear_kernels.h"
 #include "sparse_floats.h"
 #include "task_queue.h"
@@ -79,14 +80,20 @@ AlignedBuffer<W> pack_panels(const W* weight, int64_t columns, int64_t depth) {
   return panels;
 }
 
+// weights: panels if they are packed, else rows [N, K].
 template <class T, class W>
-void multiply_floats(const LinearCall<T>& call, const W* panels) {
+void multiply_floats(const LinearCall<T>& call, const W* weights, bool packed) {
+  const TileKernels* const tiles = tile_kernels();
+  const std::vector<LinearBlock> blocks =
+      tiles == nullptr ? cut_blocks(call.rows, call.columns) : multiply_split(*tiles, call, weights, packed);
+  if (blocks.empty()) return;
+  const AlignedBuffer<W> made = packed ? AlignedBuffer<W>(0) : pack_panels(weights, call.columns, call.depth);
+  const W* const panels = packed ? weights : made.data();
   const auto kernel = linear_kernels().of(T{}).block(W{});
   const auto make_scratch = [&] { return AlignedBuffer<float>(linear_scratch(call.depth)); };
-  run_tasks(
-      cut_blocks(call.rows, call.columns), make_scratch, [&](const LinearBlock& block, const AlignedBuffer<float>& scratch) {
-        kernel(call, panels, block, scratch.data());
-      });
+  run_tasks(blocks, make_scratch, [&](const LinearBlock& block, const AlignedBuffer<float>& scratch) {
+    kernel(call, panels, block, scratch.data());
+  });
 }
 
 template <class T>
@@ -94,15 +101,18 @@ void multiply_bytes(const LinearCall<T>& call, const int8_t* panels, const float
   STD_TORCH_CHECK(call.depth <= kMostByteDepth, "linear: int8 weights may have at most 131072 inputs");
   const auto& kernels = linear_kernels().of(T{});
   const int64_t steps = (call.depth + kStepBytes - 1) / kStepBytes;
-  const AlignedBuffer<uint8_t> codes(call.rows * steps * kStepBytes);
+  const int64_t row_bytes = (call.depth + kCodeLine - 1) / kCodeLine * kCodeLine;
+  const int64_t code_rows = (call.rows + kCodeRows - 1) / kCodeRows * kCodeRows;
+  const AlignedBuffer<uint8_t> codes(code_rows * row_bytes);
   const AlignedBuffer<RowScale> scales(call.rows);
   torch::stable::parallel_for(0, call.rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      scales.data()[row] =
-          kernels.quantize_row(call.x + row * call.x_stride, call.depth, codes.data() + row * steps * kStepBytes);
+      scales.data()[row] = kernels.quantize_row(call.x + row * call.x_stride, call.depth, codes.data() + row * row_bytes);
     }
   });
-  const ByteFactors factors{codes.data(), scales.data(), column_scales, steps};
+  std::fill_n(codes.data() + call.rows * row_bytes, (code_rows - call.rows) * row_bytes, uint8_t{0});
+  const ByteFactors factors{codes.data(), scales.data(), column_scales, steps, row_bytes};
+  if (const TileKernels* const tiles = tile_kernels()) return multiply_bytes(*tiles, call, factors, panels);
   const auto make_scratch = [&] { return AlignedBuffer<float>(linear_scratch(call.depth)); };
   run_tasks(
       cut_blocks(call.rows, call.columns), make_scratch, [&](const LinearBlock& block, const AlignedBuffer<float>& scratch) {
@@ -121,6 +131,7 @@ Tensor multiply(
     const Body& body) {
   const Tensor x = given_rows.stride(1) == 1 ? given_rows : torch::stable::contiguous(given_rows);
   const Tensor out = torch::stable::new_empty(x, {x.size(0), columns});
+  ask_for_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   const FilledUp terms(bias);
   std::optional<Tensor> added;
   if (residual.has_value()) added = torch::stable::contiguous(*residual);
@@ -147,10 +158,8 @@ Tensor linear(
     bool gelu,
     const std::optional<Tensor>& residual) {
   const Tensor weight = torch::stable::contiguous(given_weight);
-  const int64_t columns = weight.size(0), depth = weight.size(1);
-  return multiply(x, columns, bias, gelu, residual, [&]<class T>(const LinearCall<T>& call) {
-    const AlignedBuffer<T> panels = pack_panels(static_cast<const T*>(weight.const_data_ptr()), columns, depth);
-    multiply_floats(call, panels.data());
+  return multiply(x, weight.size(0), bias, gelu, residual, [&]<class T>(const LinearCall<T>& call) {
+    multiply_floats(call, static_cast<const T*>(weight.const_data_ptr()), false);
   });
 }
 
@@ -166,7 +175,7 @@ Tensor linear_packed(
   return multiply(x, columns, bias, gelu, residual, [&]<class T>(const LinearCall<T>& call) {
     if (scales.has_value()) return multiply_bytes(call, panels.const_data_ptr<int8_t>(), column_scales.data());
     with_float_type("linear_packed", panels.scalar_type(), [&](auto weight_type) {
-      multiply_floats(call, static_cast<const decltype(weight_type)*>(panels.const_data_ptr()));
+      multiply_floats(call, static_cast<const decltype(weight_type)*>(panels.const_data_ptr()), true);
     });
   });
 }

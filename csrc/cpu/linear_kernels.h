@@ -57,11 +57,15 @@ struct RowScale {
 };
 
 // Of int8 layers: the activations' codes [T, K filled up] and scales [T] (quantize_row), the weights' scales [N filled up].
+// Rows of codes are filled up with zeros to a multiple of kCodeLine bytes, and there are rows up to a multiple of kCodeRows.
+constexpr int64_t kCodeLine = 64;
+constexpr int64_t kCodeRows = 32;
 struct ByteFactors {
   const uint8_t* codes;
   const RowScale* rows;
   const float* column_scales;
-  int64_t steps;  // of kStepBytes
+  int64_t steps;      // of kStepBytes, in a panel
+  int64_t row_bytes;  // from one row of codes to the next
 };
 
 struct LinearBlock {
@@ -78,7 +82,7 @@ template <class T, class W>
 using FloatBlock = void(const LinearCall<T>&, const W* panels, LinearBlock, float* scratch);
 template <class T>
 using ByteBlock = void(const LinearCall<T>&, const ByteFactors&, const int8_t* panels, LinearBlock, float* scratch);
-// Codes [depth filled up] and scale of one row, 0 among what is covered: low = min(0, x), high = max(0, x),
+// Codes [depth filled up to kCodeLine] and scale of one row, 0 among what is covered: low = min(0, x), high = max(0, x),
 // scale = (high - low) / kMostActivationCode, zero = round(-low / scale), code = round(x / scale + zero). The scale of a row
 // with an infinity or NaN is NaN.
 template <class T>
@@ -128,6 +132,9 @@ extern const LinearKernels kLinearKernels;
 namespace avx512vnni {
 extern const LinearKernels kLinearKernels;
 }
+namespace amx {
+extern const LinearKernels kLinearKernels;
+}
 
 inline const LinearKernels& linear_kernels() {
   switch (cpu_isa()) {
@@ -137,8 +144,9 @@ inline const LinearKernels& linear_kernels() {
     case Isa::avx512:
       return avx512::kLinearKernels;
     case Isa::avx512vnni:
-    case Isa::amx:
       return avx512vnni::kLinearKernels;
+    case Isa::amx:
+      return amx::kLinearKernels;
 #endif
     default:
       return portable::kLinearKernels;

@@ -38,39 +38,43 @@ inline Floats gelu(Floats x) {
   return select(beats(x, splat(0.f)), subtract(x, part), part);
 }
 
+// The sums y of V vectors of columns of one row, from `column` on, to `out`.
+template <class T, int V>
+[[gnu::always_inline]] inline void finish_row(const LinearCall<T>& call, int64_t row, int64_t column, Floats (&y)[V]) {
+  if (call.bias != nullptr) {
+    for (int v = 0; v < V; ++v) y[v] = add(y[v], load(call.bias + column + v * kLanes));
+  }
+  if (call.gelu) {
+    for (int v = 0; v < V; ++v) y[v] = gelu(y[v]);
+  }
+  const int64_t width = std::min<int64_t>(V * kLanes, call.columns - column);
+  const int64_t at = row * call.columns + column;
+  if constexpr (std::is_same_v<T, float>) {
+    if (width == V * kLanes) {
+      for (int v = 0; v < V; ++v) {
+        if (call.residual != nullptr) y[v] = add(y[v], load(call.residual + at + v * kLanes));
+        store(call.out + at + v * kLanes, y[v]);
+      }
+      return;
+    }
+  }
+  alignas(64) float sums[V * kLanes];
+  for (int v = 0; v < V; ++v) store(sums + v * kLanes, y[v]);
+  for (int64_t c = 0; c < width; ++c) {
+    call.out[at + c] = T(sums[c] + (call.residual == nullptr ? 0.f : widen(call.residual[at + c])));
+  }
+}
+
 // Sums of a tile to `out`: `count` rows from `row`, V vectors of columns from `column`.
 template <class T, int R, int V>
 [[gnu::always_inline]] inline void finish_tile(
     const LinearCall<T>& call, int64_t row, int64_t column, int64_t count, Floats (&acc)[R][V]) {
-  if (call.bias != nullptr) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const Floats bias = load(call.bias + column + v * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) acc[r][v] = add(acc[r][v], bias);
-    }
-  }
   alignas(64) float sums[R][V * kLanes];
   store_tile<R, V>(sums[0], V * kLanes, acc);
-  const int64_t width = std::min<int64_t>(V * kLanes, call.columns - column);
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t at = (row + r) * call.columns + column;
-    if (call.gelu) {
-      for (int v = 0; v < V; ++v) store(sums[r] + v * kLanes, gelu(load(sums[r] + v * kLanes)));
-    }
-    if constexpr (std::is_same_v<T, float>) {
-      if (width == V * kLanes) {
-        for (int v = 0; v < V; ++v) {
-          Floats y = load(sums[r] + v * kLanes);
-          if (call.residual != nullptr) y = add(y, load(call.residual + at + v * kLanes));
-          store(call.out + at + v * kLanes, y);
-        }
-        continue;
-      }
-    }
-    for (int64_t c = 0; c < width; ++c) {
-      call.out[at + c] = T(sums[r][c] + (call.residual == nullptr ? 0.f : widen(call.residual[at + c])));
-    }
+    Floats y[V];
+    for (int v = 0; v < V; ++v) y[v] = load(sums[r] + v * kLanes);
+    finish_row<T, V>(call, row + r, column, y);
   }
 }
 
@@ -190,12 +194,12 @@ void float_block(const LinearCall<T>& call, const W* panels, LinearBlock block, 
 }
 
 // to[step][kByteTileRows][4] codes of `count` rows; the rest is 0.
-inline void pack_codes(const uint8_t* from, int64_t steps, int64_t count, uint8_t* to) {
+inline void pack_codes(const uint8_t* from, int64_t row_bytes, int64_t steps, int64_t count, uint8_t* to) {
   for (int64_t r = 0; r < kByteTileRows; ++r) {
     for (int64_t step = 0; step < steps; ++step) {
       uint8_t* const group = to + (step * kByteTileRows + r) * kStepBytes;
       if (r < count) {
-        std::memcpy(group, from + (r * steps + step) * kStepBytes, kStepBytes);
+        std::memcpy(group, from + r * row_bytes + step * kStepBytes, kStepBytes);
       } else {
         std::memset(group, 0, kStepBytes);
       }
@@ -256,7 +260,8 @@ void byte_block(
   for (int64_t from = block.first_row; from < block.last_row; from += most_rows) {
     const int64_t rows = std::min(most_rows, block.last_row - from);
     for (int64_t row = 0; row < rows; row += kByteTileRows) {
-      pack_codes(factors.codes + (from + row) * row_bytes, steps, rows - row, packed + row * row_bytes);
+      const uint8_t* const codes = factors.codes + (from + row) * factors.row_bytes;
+      pack_codes(codes, factors.row_bytes, steps, rows - row, packed + row * row_bytes);
     }
     const int64_t end = std::min(block.last_column, call.columns);
     for (int64_t column = block.first_column; column < end; column += kTileColumns) {
@@ -312,7 +317,7 @@ RowScale quantize_row(const T* row, int64_t depth, uint8_t* codes) {
     low = std::max(low, -widen(row[e]));
     zero_if_finite += widen(row[e]) * 0.f;
   }
-  const int64_t filled = (depth + kStepBytes - 1) / kStepBytes * kStepBytes;
+  const int64_t filled = (depth + kCodeLine - 1) / kCodeLine * kCodeLine;
   const float range = high + low;
   if (zero_if_finite != 0.f || !(range > 0.f)) {
     std::fill_n(codes, filled, uint8_t{0});
@@ -331,7 +336,7 @@ RowScale quantize_row(const T* row, int64_t depth, uint8_t* codes) {
     const float place = std::min(std::max(widen(row[e]) * inverse + zero, 0.f), kMostActivationCode);
     codes[e] = static_cast<uint8_t>(std::nearbyint(place));
   }
-  std::fill(codes + depth, codes + filled, static_cast<uint8_t>(zero));
+  std::fill(codes + depth, codes + filled, uint8_t{0});
   return {range / kMostActivationCode, static_cast<int32_t>(zero)};
 }
 

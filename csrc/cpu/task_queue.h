@@ -10,6 +10,8 @@
 #include <new>
 #include <vector>
 
+#include "huge_pages.h"
+
 namespace m3 {
 
 // Memory on a cache line's boundary, not initialised.
@@ -17,7 +19,9 @@ template <class T>
 class AlignedBuffer {
  public:
   explicit AlignedBuffer(int64_t count)
-      : data_(static_cast<T*>(::operator new(std::max<int64_t>(count, 1) * sizeof(T), std::align_val_t{64}))) {}
+      : data_(static_cast<T*>(::operator new(std::max<int64_t>(count, 1) * sizeof(T), std::align_val_t{64}))) {
+    ask_for_huge_pages(data_.get(), count * static_cast<int64_t>(sizeof(T)));
+  }
   T* data() const { return data_.get(); }
 
  private:

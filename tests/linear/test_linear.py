@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import pytest
 import torch
@@ -20,24 +21,30 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORAGE = (*DTYPES, torch.int8)
 
 
+@contextmanager
+def on_path(isa: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("M3_CPU_ISA", isa)
+        yield
+
+
 def here(isa: str) -> bool:
     """Whether this machine runs the CPU path `isa`."""
-    if isa == "portable":
-        return True
-    flag = {"avx2": "avx2", "avx512": "avx512bw", "avx512vnni": "avx512_vnni"}[isa]
-    if platform.machine() != "x86_64":
-        return False
-    with open("/proc/cpuinfo") as file:
-        return flag in file.read().split()
+    with on_path(isa):
+        try:
+            return bool(torch.ops.m3_cpu.cpu_isa() == isa)
+        except RuntimeError:
+            return False
 
 
-PATHS = [isa for isa in ("portable", "avx2", "avx512", "avx512vnni") if here(isa)]
+PATHS = [isa for isa in ("portable", "avx2", "avx512", "avx512vnni", "amx") if here(isa)]
+needs_amx = pytest.mark.skipif("amx" not in PATHS, reason="no AMX here")
 
 
 @pytest.fixture(params=PATHS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("M3_CPU_ISA", request.param)
-    return str(request.param)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on_path(request.param):
+        yield request.param
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -68,6 +75,7 @@ def spread(x: Tensor) -> float:
 
 
 SIZES = [(1, 1, 1), (3, 5, 7), (32, 16, 33), (193, 100, 31), (64, 513, 48), (7, 1100, 130), (400, 64, 1200)]
+SIZES += [(2101, 40, 70), (48, 2500, 40)]
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -101,8 +109,9 @@ def test_linear_with_plain_weights_equals_the_float64_reference(dtype: torch.dty
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(
+    isa=st.sampled_from(PATHS),
     rows=st.integers(0, 230),
     depth=st.integers(1, 140),
     columns=st.integers(1, 150),
@@ -113,6 +122,7 @@ def test_linear_with_plain_weights_equals_the_float64_reference(dtype: torch.dty
     with_residual=st.booleans(),
 )
 def test_linear_on_random_sizes(
+    isa: str,
     rows: int,
     depth: int,
     columns: int,
@@ -125,8 +135,8 @@ def test_linear_on_random_sizes(
     a = arguments(rows, depth, columns, dtype)
     bias, residual = a["bias"] if with_bias else None, a["residual"] if with_residual else None
     weight = a["weight"] if storage is None else pack_linear(a["weight"], storage)
-    activation = "gelu" if gelu else None
-    out = linear(a["x"], weight, bias, activation=activation, residual=residual)
+    with on_path(isa):
+        out = linear(a["x"], weight, bias, activation="gelu" if gelu else None, residual=residual)
     if isinstance(weight, PackedLinear):
         expected = reference.linear_packed(a["x"], weight, bias, gelu, residual)
     else:
@@ -145,6 +155,27 @@ def test_int8_result_of_a_row_does_not_depend_on_the_other_rows() -> None:
     together = linear(a["x"], packed, a["bias"])
     for begin, end in ((0, 1), (1, 8), (8, 200)):
         assert torch.equal(linear(a["x"][begin:end], packed, a["bias"]), together[begin:end])
+
+
+@settings(max_examples=30)
+@given(
+    rows=st.integers(1, 100),
+    depth=st.integers(1, 300),
+    columns=st.integers(1, 100),
+    dtype=st.sampled_from(DTYPES),
+    activation=st.sampled_from([None, "gelu"]),
+)
+def test_int8_is_the_same_on_every_path(
+    rows: int, depth: int, columns: int, dtype: torch.dtype, activation: Literal["gelu"] | None
+) -> None:
+    a = arguments(rows, depth, columns, dtype)
+    packed = pack_linear(a["weight"], torch.int8)
+    results = []
+    for isa in PATHS:
+        if isa != "portable":  # which rounds a multiply-add twice
+            with on_path(isa):
+                results.append(linear(a["x"], packed, a["bias"], activation=activation, residual=a["residual"]))
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.usefixtures("isa")
@@ -173,6 +204,78 @@ def test_one_bad_row_stays_alone(storage: torch.dtype | None) -> None:
     assert not torch.isfinite(out[[5, 9]]).any()
     others = [row for row in range(40) if row not in (5, 9)]
     assert torch.equal(out[others], clean[others])
+
+
+@needs_amx
+@pytest.mark.parametrize("storage", [None, *DTYPES])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_do_the_same_on_tiles_as_without(dtype: torch.dtype, storage: torch.dtype | None) -> None:
+    a = arguments(300, 70, 90, dtype)
+    a["x"][[5, 6, 40], [3, 69, 0]] = torch.tensor([torch.inf, torch.nan, -torch.inf]).to(dtype)
+    a["x"][200:, 7] = torch.inf
+    a["weight"][[10, 80], [4, 60]] = torch.tensor([torch.nan, torch.inf]).to(dtype)
+    weight = a["weight"] if storage is None else pack_linear(a["weight"], storage)
+    results = {}
+    for isa in ("avx512", "amx"):
+        with on_path(isa):
+            results[isa] = linear(a["x"], weight)
+    tolerance = product_tolerance(70, dtype)
+    torch.testing.assert_close(results["amx"], results["avx512"], atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+def worst_error(x: Tensor, weight: Tensor | PackedLinear, isa: str) -> float:
+    """Largest error of a sum in units of the sum of its products' magnitudes."""
+    stored = weight.unpack() if isinstance(weight, PackedLinear) else weight
+    exact = x.double() @ stored.double().t()
+    with on_path(isa):
+        out = linear(x, weight)
+    assert bool(torch.isfinite(out).all())
+    # Each product and each number may be off by 2^-126, where bfloat16 ends.
+    lost = 2.0**-125 * (x.shape[1] + x.double().abs().sum(1)[:, None] + stored.double().abs().sum(1))
+    error = ((out.double() - exact).abs() - lost).clamp(min=0)
+    return float((error / (x.double().abs() @ stored.double().abs().t()).clamp(min=1e-300)).max())
+
+
+@needs_amx
+@pytest.mark.parametrize("storage", [None, *DTYPES])
+@pytest.mark.parametrize("depth", [16, 300, 1100])
+@pytest.mark.parametrize("scales", [(0, 0), (-40, 40), (100, -60), (-100, 20), (-120, 120), (120, -30), (-110, 110)])
+def test_split_sums_are_as_near_as_fma(scales: tuple[int, int], depth: int, storage: torch.dtype | None) -> None:
+    x, weight = normal(64, depth) * 2.0 ** scales[0], normal(48, depth) * 2.0 ** scales[1]
+    if storage == torch.float16:
+        weight = normal(48, depth)
+    _compare_with_fma(x, weight if storage is None else pack_linear(weight, storage))
+
+
+@needs_amx
+@pytest.mark.parametrize("span", [3, 20, 60])
+def test_split_sums_of_mixed_magnitudes_are_as_near_as_fma(span: int) -> None:
+    exponents = torch.randint(-span, span + 1, (64 + 48, 500), generator=torch.Generator().manual_seed(span))
+    values = normal(64 + 48, 500) * 2.0**exponents
+    _compare_with_fma(values[:64], values[64:].contiguous())
+    # Products of one magnitude: what is small in x is large in the weights.
+    opposite = 2.0 ** exponents[0]
+    _compare_with_fma(normal(64, 500) * opposite, normal(48, 500, seed=5) / opposite)
+
+
+def _compare_with_fma(x: Tensor, weight: Tensor | PackedLinear) -> None:
+    tiles, fma = worst_error(x, weight, "amx"), worst_error(x, weight, "avx512")
+    assert tiles <= max(2 * fma, 2.0**-23), f"error {tiles:.2g}, of FMA {fma:.2g}"
+
+
+@needs_amx
+def test_rows_and_weights_of_tiny_numbers_keep_their_precision() -> None:
+    x, weight = normal(40, 100), normal(50, 100)
+    x[7] *= 1e-37
+    weight[9] *= 1e-36
+    for isa in ("avx512", "amx"):
+        with on_path(isa):
+            out = linear(x, weight)
+        exact = x.double() @ weight.double().t()
+        scale = x.double().norm(dim=1)[:, None] * weight.double().norm(dim=1)
+        error = (out.double() - exact).abs() / scale
+        error[7, 9] = 0  # of 1e-73 nothing is left
+        assert float(error.max()) < 1e-6, isa
 
 
 def test_int8_of_a_zero_row_and_a_zero_weight_row_is_the_bias() -> None:

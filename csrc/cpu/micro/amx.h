@@ -134,34 +134,51 @@ template <int kRowTiles, int kColumnTiles, bool kBytes>
   }
 }
 
-// A step is done in groups of products with the same part of rows and of columns, in an order in which the part of the
-// columns that is loaded last serves the next part of the rows too. kParts = 0: bytes.
-template <int kParts>
-constexpr int kGroups = kParts == 3 ? 6 : kParts == 2 ? 4 : 1;
+// A step is done in groups, the products of one part of the rows with one part of the columns; of parts i and j those with
+// i + j <= 2 are taken, and in an order in which the part of the columns that is loaded last serves the next part of the
+// rows too: (0, 0) (0, 2) (0, 1) (1, 1) (1, 0) (2, 0). 0 parts: bytes.
+template <int kRowParts, int kColumnParts>
+constexpr int kGroups = kRowParts == 0 ? 1
+    : kColumnParts + (kRowParts >= 2 ? std::min(kColumnParts, 2) : 0) + (kRowParts == 3 ? 1 : 0);
 
-template <int kParts, int kRowTiles, int kColumnTiles>
+struct PartPair {
+  int row, column;
+};
+template <int kColumnParts>
+constexpr PartPair part_pair(int group) {
+  if (group < std::max(kColumnParts, 1)) return {0, group == 0 ? 0 : kColumnParts - group};
+  const int later = group - kColumnParts;
+  if (kColumnParts == 1) return {1 + later, 0};
+  return later == 2 ? PartPair{2, 0} : PartPair{1, 1 - later};
+}
+
+template <int kRowParts, int kColumnParts, int kRowTiles, int kColumnTiles>
 [[gnu::always_inline]] inline void multiply_group(const TileOperand& rows, const TileOperand& columns, int group) {
-  const auto with_rows = [&](int part) __attribute__((always_inline)) { load_rows<kRowTiles, kColumnTiles>(rows, part); };
-  const auto with_columns = [&](int part) __attribute__((always_inline)) {
-    load_columns<kRowTiles, kColumnTiles>(columns, part);
-  };
-  // Parts (0, 0) (0, 2) (0, 1) (1, 1) (1, 0) (2, 0); of two (0, 0) (0, 1) (1, 1) (1, 0).
-  constexpr int kSecond = kParts == 3 ? 2 : 1;
-  if (group == 0) {
-    with_rows(0);
-    with_columns(0);
-  } else if (kParts == 3 && group == 1) {
-    with_columns(2);
-  } else if (group == kSecond) {
-    with_columns(1);
-  } else if (group == kSecond + 1) {
-    with_rows(1);
-  } else if (group == kSecond + 2) {
-    with_columns(0);
-  } else {
-    with_rows(2);
+  const PartPair here = part_pair<kColumnParts>(group), before = part_pair<kColumnParts>(std::max(group - 1, 0));
+  if (group == 0 || here.row != before.row) load_rows<kRowTiles, kColumnTiles>(rows, here.row);
+  if (group == 0 || here.column != before.column) load_columns<kRowTiles, kColumnTiles>(columns, here.column);
+  dot_loaded<kRowTiles, kColumnTiles, kRowParts == 0>();
+}
+
+// sums += rows · columns over `steps`, sums being in the tiles already. meanwhile(step, group) is called behind each group
+// of products: what vectors do there, the tiles do not wait for.
+template <int kRowParts, int kColumnParts, int kRowTiles, int kColumnTiles, class Meanwhile>
+[[gnu::always_inline]] inline void multiply_parts_into_tiles(
+    TileOperand rows, TileOperand columns, int64_t steps, const Meanwhile& meanwhile) {
+  static_assert((kRowParts == 0) == (kColumnParts == 0));
+  for (int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 8
+    for (int group = 0; group < kGroups<kRowParts, kColumnParts>; ++group) {
+      multiply_group<kRowParts, kColumnParts, kRowTiles, kColumnTiles>(rows, columns, group);
+      meanwhile(step, group);
+    }
+    rows = rows.from_step(1);
+    columns = columns.from_step(1);
   }
-  dot_loaded<kRowTiles, kColumnTiles, kParts == 0>();
+}
+template <int kParts, int kRowTiles, int kColumnTiles>
+[[gnu::always_inline]] inline void multiply_into_tiles(const TileOperand& rows, const TileOperand& columns, int64_t steps) {
+  multiply_parts_into_tiles<kParts, kParts, kRowTiles, kColumnTiles>(rows, columns, steps, [](int64_t, int) {});
 }
 
 // Into tiles 0 to 3, and out of them; `stride` in elements. No sums: zeros.
@@ -191,6 +208,15 @@ template <int kRowTiles, int kColumnTiles, class Sum>
   if constexpr (kColumnTiles == 2) tile_store<1>(sums + kTileSide, row);
   if constexpr (kRowTiles == 2) tile_store<2>(lower, row);
   if constexpr (kRowTiles == 2 && kColumnTiles == 2) tile_store<3>(lower + kTileSide, row);
+}
+
+// sums[16 · kRowTiles][16 · kColumnTiles] = (kAdd: sums +) rows · columns; float32, of bytes int32. `stride` in elements.
+template <int kParts, int kRowTiles, int kColumnTiles, bool kAdd, class Sum>
+[[gnu::always_inline]] inline void multiply_tiles(
+    const TileOperand& rows, const TileOperand& columns, int64_t steps, Sum* sums, int64_t stride) {
+  load_sums<kRowTiles, kColumnTiles, Sum>(kAdd ? sums : nullptr, stride);
+  multiply_into_tiles<kParts, kRowTiles, kColumnTiles>(rows, columns, steps);
+  store_sums<kRowTiles, kColumnTiles>(sums, stride);
 }
 
 // The words of 16 pairs (low[i], high[i]) of each part: to[part · part_elements][16][2].
