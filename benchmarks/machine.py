@@ -1,4 +1,4 @@
-"""What a figure depends on: a description of the machine, interleaved timing, and peak memory."""
+"""What a figure depends on: the machine, its description and folder of results; interleaved timing, and peak memory."""
 
 from __future__ import annotations
 
@@ -13,22 +13,37 @@ from typing import Any
 
 import torch
 
+RESULTS = Path(__file__).resolve().parent / "results"
+INSTRUCTION_SETS = ("sse2", "avx", "avx2", "f16c", "fma", "avx512f")
+INSTRUCTION_SETS += ("avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
 
 def describe() -> dict[str, Any]:
     """Processor, cores, memory and versions, and the speed of a plain copy, which bounds kernels that move memory."""
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    flags = next((line.split(":", 1)[1].split() for line in cpuinfo.splitlines() if line.startswith("flags")), [])
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": _cpuinfo("model name") or platform.processor(),
         "cores": os.cpu_count(),
-        "instruction_sets": [flag for flag in ("sse2", "avx", "avx2", "f16c", "fma", "avx512f") if flag in flags],
+        "instruction_sets": [flag for flag in INSTRUCTION_SETS if flag in _cpuinfo("flags").split()],
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "copy_gb_per_s": round(copy_bandwidth() / 1e9, 1),
     }
+
+
+def results_folder() -> Path:
+    """Where CPU figures of this kind of processor are kept, so that those of another kind stay beside them:
+    benchmarks/results for AVX2, its folder avx512 or amx for machines that have those."""
+    flags = _cpuinfo("flags").split()
+    return RESULTS / ("amx" if "amx_bf16" in flags else "avx512" if "avx512f" in flags else "")
+
+
+def _cpuinfo(field: str) -> str:
+    """Of the first processor; empty where the system does not tell."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == field), "")
 
 
 def copy_bandwidth() -> float:

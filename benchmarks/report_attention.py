@@ -17,17 +17,16 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from benchmarks import tables
 from benchmarks.attention_cases import CASES, LOG_UNIFORM, REAL, Case
-from benchmarks.machine import interleaved, peak_memory
+from benchmarks.machine import interleaved, peak_memory, results_folder
 from benchmarks.peak import peak_flops
 from benchmarks.peers.attention import OURS, PEERS, call_of, peers_of
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = results_folder()
 TABLE = RESULTS / "attention.csv"
 FIELDS = ["case", "peer", "threads", "milliseconds", "times_ours", "gflops", "fraction_of_peak", "memory_mb", "note"]
 ROUNDS = 7

@@ -33,11 +33,12 @@ import torch
 
 from benchmarks import encode_cases, tables
 from benchmarks.encode_cases import SHAPES, Shape
+from benchmarks.machine import results_folder
 from benchmarks.peak import peak_flops
 from benchmarks.peers.encode import BATCH, THREADS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = results_folder()
 FIELDS = [
     "shape",
     "layers",

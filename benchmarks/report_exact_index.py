@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, results_folder
 from m3kernels import SparseBatch
 from m3model import EncodedTexts, M3Embeddings
 from m3model.retrieval import ExactIndex
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = results_folder()
 WIDTH, TOKENS, VOCABULARY, BLOCK, QUERIES = 1024, 64, 250_002, 50_000, 16
 FLATNESS = 10
 HEADS = ("dense", "sparse", "dense+sparse")
@@ -116,6 +116,7 @@ def search(folder: Path) -> None:
     facts["search_mapped_gib"] = memory("RssFile")
     facts["peak_resident_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     name = "exact_index_1m.json" if len(index) == 1_000_000 else f"exact_index_{len(index)}.json"
+    RESULTS.mkdir(exist_ok=True)
     (RESULTS / name).write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))
 

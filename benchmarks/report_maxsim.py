@@ -21,12 +21,13 @@ import time
 from pathlib import Path
 
 from benchmarks import tables
+from benchmarks.machine import results_folder
 from benchmarks.maxsim_cases import CASES
 from benchmarks.peak import peak_flops
 from benchmarks.peers.maxsim import PEERS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = results_folder()
 FIELDS = [
     "case",
     "peer",

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, results_folder
 from benchmarks.xquad import ndcg_at_10, paragraphs
 from m3kernels import maxsim, quantize_rows
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = results_folder()
 
 
 def quality(folder: Path, language: str = "ru", most: int = 400) -> dict[str, object]:
@@ -105,6 +105,7 @@ def main(arguments: list[str]) -> None:
         result = quality(Path(folder), *rest[:1], *map(int, rest[1:]))
     else:
         result = mapped(Path(folder), *map(int, rest))
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "maxsim_stored.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept |= {part: result, "machine": describe()}

@@ -55,6 +55,7 @@ def main(languages: list[str]) -> None:
         for name, vectors in encoded.items()
     }
     result = {"measure": "nDCG@10", "rows": rows, "mean": mean, "least_cosine": cosine, "machine": describe()}
+    RESULTS.mkdir(exist_ok=True)
     (RESULTS / "quantized_ndcg.json").write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
         print(*(f"{value:.4f}" if isinstance(value, float) else value for value in row.values()), sep="\t")

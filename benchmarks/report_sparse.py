@@ -13,15 +13,14 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks import sparse_calls, sparse_texts, tables
-from benchmarks.machine import interleaved, peak_memory
+from benchmarks.machine import interleaved, peak_memory, results_folder
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = results_folder()
 FIELDS = ["part", "case", "peer", "threads", "milliseconds", "times_ours", "extra_memory_mb", "note"]
 Row = dict[str, object]
 

@@ -38,10 +38,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import tables, train_cases
+from benchmarks.machine import results_folder
 from benchmarks.train_cases import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = results_folder()
 MARKDOWN = ROOT / "docs" / "training_benchmark.md"
 SECONDS = float(os.environ.get("M3_BENCH_SECONDS", "150"))
 FIELDS = ["part", "peer", "layers", "texts", "tokens", "longest", "limit_gib", "seconds", "cpu_seconds", "steps"]
