@@ -134,35 +134,55 @@ template <int kRowTiles, int kColumnTiles, bool kBytes>
   }
 }
 
-// sums += rows · columns over `steps`, sums being in the tiles already. kParts = 0: bytes.
-template <int kParts, int kRowTiles, int kColumnTiles>
-[[gnu::always_inline]] inline void multiply_into_tiles(TileOperand rows, TileOperand columns, int64_t steps) {
-  const auto with_rows = [&](int part) __attribute__((always_inline)) { load_rows<kRowTiles, kColumnTiles>(rows, part); };
-  const auto with_columns = [&](int part) __attribute__((always_inline)) {
-    load_columns<kRowTiles, kColumnTiles>(columns, part);
-    dot_loaded<kRowTiles, kColumnTiles, kParts == 0>();
-  };
+// How many groups of products one step has.
+template <int kParts>
+constexpr int kGroups = kParts == 3 ? 6 : kParts == 2 ? 4 : 1;
+
+// sums += rows · columns over `steps`, sums being in the tiles already. kParts = 0: bytes. meanwhile(step, group) is called
+// after each group of products: what vectors do there, the tiles do not wait for.
+template <int kParts, int kRowTiles, int kColumnTiles, class Meanwhile>
+[[gnu::always_inline]] inline void multiply_into_tiles(
+    TileOperand rows, TileOperand columns, int64_t steps, const Meanwhile& meanwhile) {
   for (int64_t step = 0; step < steps; ++step) {
+    int group = 0;
+    const auto with_rows = [&](int part) __attribute__((always_inline)) { load_rows<kRowTiles, kColumnTiles>(rows, part); };
+    const auto with_columns = [&](int part) __attribute__((always_inline)) {
+      load_columns<kRowTiles, kColumnTiles>(columns, part);
+    };
+    const auto dot = [&]() __attribute__((always_inline)) {
+      dot_loaded<kRowTiles, kColumnTiles, kParts == 0>();
+      meanwhile(step, group++);
+    };
     with_rows(0);
     with_columns(0);
+    dot();
     if constexpr (kParts == 2) {
       with_columns(1);
+      dot();
       with_rows(1);
-      dot_loaded<kRowTiles, kColumnTiles, false>();
+      dot();
       with_columns(0);
+      dot();
     }
     if constexpr (kParts == 3) {
       with_columns(2);
+      dot();
       with_columns(1);
+      dot();
       with_rows(1);
-      dot_loaded<kRowTiles, kColumnTiles, false>();
+      dot();
       with_columns(0);
+      dot();
       with_rows(2);
-      dot_loaded<kRowTiles, kColumnTiles, false>();
+      dot();
     }
     rows = rows.from_step(1);
     columns = columns.from_step(1);
   }
+}
+template <int kParts, int kRowTiles, int kColumnTiles>
+[[gnu::always_inline]] inline void multiply_into_tiles(const TileOperand& rows, const TileOperand& columns, int64_t steps) {
+  multiply_into_tiles<kParts, kRowTiles, kColumnTiles>(rows, columns, steps, [](int64_t, int) {});
 }
 
 // sums[16 · kRowTiles][16 · kColumnTiles] = (kAdd: sums +) rows · columns; float32, of bytes int32. `stride` in elements.
@@ -206,6 +226,37 @@ template <int kParts>
       low = subtract(low, _mm512_castsi512_ps(_mm512_and_epi32(low_bits, upper)));
       high = subtract(high, _mm512_castsi512_ps(_mm512_and_epi32(high_bits, upper)));
     }
+  }
+}
+
+// A 16 x 16 matrix of words, transposed in place.
+inline void transpose_words(BFloat16* tile) {
+  __m512i rows[16], pairs[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(tile + 32 * i);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  // rows[i + c]: words c, c + 4, c + 8, c + 12 of rows i to i + 3.
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    rows[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    rows[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    rows[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    rows[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i low_even = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88);
+    const __m512i low_odd = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xdd);
+    const __m512i high_even = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
+    const __m512i high_odd = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xdd);
+    _mm512_storeu_si512(tile + 32 * c, _mm512_shuffle_i32x4(low_even, high_even, 0x88));
+    _mm512_storeu_si512(tile + 32 * (4 + c), _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
+    _mm512_storeu_si512(tile + 32 * (8 + c), _mm512_shuffle_i32x4(low_even, high_even, 0xdd));
+    _mm512_storeu_si512(tile + 32 * (12 + c), _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
   }
 }
 
