@@ -27,7 +27,9 @@ namespace m3::M3_ISA {
 
 constexpr int64_t kPanelRows = 2 * kTileSide;  // query rows
 constexpr int64_t kPieceRows = 2 * kTileSide;  // passage rows
-constexpr int64_t kMostPieceTiles = 12;        // of 16 rows, one step and one part
+// Tiles of one step and one part in each half of a piece: what is written must not push out of the first-level cache what
+// is multiplied. With several panels, which load and store their sums for each piece, larger ones pay.
+constexpr int64_t kLonePieceTiles = 3, kMostPieceTiles = 12;
 constexpr int64_t kMostPanels = 8;             // in a group
 constexpr int64_t kGroupBytes = 1 << 20;
 constexpr int64_t kPieceBytes = 2 * kMostPieceTiles * kTileBytes;
@@ -35,51 +37,52 @@ constexpr int64_t kSumElements = kPieceRows * kPanelRows;
 // Passage rows are asked for this far ahead, or by the rows of a piece where those are more.
 constexpr int64_t kFetchAhead = 16 << 10;
 
-// 32 elements of a row from `e` on as a row of one tile, or of one tile for each part, with zeros behind the row's end.
-inline void write_parts(const float* row, int64_t e, int64_t width, BFloat16* to) {
-  if (e + kTileDepth <= width) {
-    split_pairs<3>(load(row + e), load(row + e + kLanes), to, kTileElements);
-  } else {
-    const uint32_t there = (uint32_t{1} << (width - e)) - 1;
-    const Floats low = _mm512_maskz_loadu_ps(static_cast<Mask>(there), row + e);
-    const Floats high = _mm512_maskz_loadu_ps(static_cast<Mask>(there >> kLanes), row + e + kLanes);
-    split_pairs<3>(low, high, to, kTileElements);
-  }
+// The first `left` elements at `from`, at most 16, and zeros.
+inline Floats load_some(const float* from, int64_t left) {
+  return _mm512_maskz_loadu_ps(_cvtu32_mask16((1u << std::clamp<int64_t>(left, 0, kLanes)) - 1), from);
 }
-inline void write_parts(const Half* row, int64_t e, int64_t width, BFloat16* to) {
-  if (e + kTileDepth <= width) {
-    split_pairs<2>(load(row + e), load(row + e + kLanes), to, kTileElements);
-  } else {
-    const uint32_t there = (uint32_t{1} << (width - e)) - 1;
-    const Floats low = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<Mask>(there), row + e));
-    const Floats high = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<Mask>(there >> kLanes), row + e + kLanes));
-    split_pairs<2>(low, high, to, kTileElements);
-  }
-}
-inline void write_parts(const BFloat16* row, int64_t e, int64_t width, BFloat16* to) {
-  const bool whole = e + kTileDepth <= width;
-  const uint32_t there = whole ? ~uint32_t{0} : (uint32_t{1} << (width - e)) - 1;
-  _mm512_storeu_si512(to, whole ? _mm512_loadu_si512(row + e) : _mm512_maskz_loadu_epi16(there, row + e));
+inline Floats load_some(const Half* from, int64_t left) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(_cvtu32_mask16((1u << std::clamp<int64_t>(left, 0, kLanes)) - 1), from));
 }
 
-// What is multiplied: passage rows on their way into tiles, query panels, and what sums start from and mean.
+// What is multiplied: passage rows, query panels, and what sums start from and mean. A step of a row, kStepBytes where it
+// lies, becomes a row of one tile, or of one tile for each part; its last step may have only `left` elements.
 template <class T>
 struct FloatProduct {
   static constexpr int kParts = m3::M3_ISA::kParts<T>;
+  static constexpr int64_t kStepBytes = kTileDepth * sizeof(T);
   using Sum = float;
 
   const T* passages;
   const BFloat16* panels;
   int64_t width;
 
-  static constexpr int64_t steps(int64_t width) { return (width + kTileDepth - 1) / kTileDepth; }
-  int64_t steps() const { return steps(width); }
+  int64_t whole_steps() const { return width / kTileDepth; }
+  int64_t steps() const { return (width + kTileDepth - 1) / kTileDepth; }
+  int64_t left() const { return width % kTileDepth; }
+  int64_t row_bytes() const { return width * sizeof(T); }
   int64_t packed_row_bytes() const { return steps() * kParts * kTileBytes / kTileSide; }
+  const char* passage_bytes() const { return reinterpret_cast<const char*>(passages); }
 
-  const char* address(int64_t row) const { return reinterpret_cast<const char*>(passages + row * width); }
-  void write(int64_t row, int64_t step, char* to) const {
-    write_parts(passages + row * width, step * kTileDepth, width, reinterpret_cast<BFloat16*>(to));
+  [[gnu::always_inline]] static void write(const char* from, char* to) {
+    const T* const row = reinterpret_cast<const T*>(from);
+    BFloat16* const tile = reinterpret_cast<BFloat16*>(to);
+    if constexpr (kParts == 1) {
+      _mm512_storeu_si512(tile, _mm512_loadu_si512(row));
+    } else {
+      split_pairs<kParts>(load(row), load(row + kLanes), tile, kTileElements);
+    }
   }
+  static void write_some(const char* from, int64_t left, char* to) {
+    const T* const row = reinterpret_cast<const T*>(from);
+    BFloat16* const tile = reinterpret_cast<BFloat16*>(to);
+    if constexpr (kParts == 1) {
+      _mm512_storeu_si512(tile, _mm512_maskz_loadu_epi16((uint32_t{1} << left) - 1, row));
+    } else {
+      split_pairs<kParts>(load_some(row, left), load_some(row + kLanes, left - kLanes), tile, kTileElements);
+    }
+  }
+
   TileOperand columns(int64_t at, int64_t) const {
     return packed_tiles(panels + at * packed_row_bytes() / int64_t(sizeof(BFloat16)), kParts, steps());
   }
@@ -94,6 +97,7 @@ template <int kBits>
 struct ByteProduct {
   static constexpr int kParts = 0;
   static constexpr int64_t kDepth = 2 * kTileDepth;
+  static constexpr int64_t kStepBytes = kDepth * kBits / 8;
   using Sum = int32_t;
 
   const uint8_t* codes;
@@ -102,27 +106,32 @@ struct ByteProduct {
   const int32_t* query_starts;
   int64_t width;
 
+  int64_t whole_steps() const { return width / kDepth; }
   int64_t steps() const { return (width + kDepth - 1) / kDepth; }
+  int64_t left() const { return width % kDepth; }
+  int64_t row_bytes() const { return width * kBits / 8; }
   int64_t packed_row_bytes() const { return steps() * kDepth; }
+  const char* passage_bytes() const { return reinterpret_cast<const char*>(codes); }
 
-  const char* address(int64_t row) const { return reinterpret_cast<const char*>(codes + row * (width * kBits / 8)); }
-  void write(int64_t row, int64_t step, char* to) const {
-    const char* const from = address(row) + step * (kDepth * kBits / 8);
-    const int64_t left = width - step * kDepth;
-    __m512i bytes;
+  [[gnu::always_inline]] static void write(const char* from, char* to) {
     if constexpr (kBits == 8) {
-      bytes = left >= kDepth ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((uint64_t{1} << left) - 1, from);
+      _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+    } else {
+      uint64_t bits;
+      __builtin_memcpy(&bits, from, sizeof bits);
+      _mm512_storeu_si512(to, _mm512_maskz_set1_epi8(bits, 2));
+    }
+  }
+  static void write_some(const char* from, int64_t left, char* to) {
+    if constexpr (kBits == 8) {
+      _mm512_storeu_si512(to, _mm512_maskz_loadu_epi8((uint64_t{1} << left) - 1, from));
     } else {
       uint64_t bits = 0;
-      if (left >= kDepth) {
-        __builtin_memcpy(&bits, from, sizeof bits);
-      } else {
-        __builtin_memcpy(&bits, from, left / 8);
-      }
-      bytes = _mm512_maskz_set1_epi8(bits, 2);
+      __builtin_memcpy(&bits, from, left / 8);
+      _mm512_storeu_si512(to, _mm512_maskz_set1_epi8(bits, 2));
     }
-    _mm512_storeu_si512(to, bytes);
   }
+
   TileOperand columns(int64_t at, int64_t tiles) const {
     const int64_t row = tiles * 64;  // the two tiles of a panel share its rows
     return {panels + at * packed_row_bytes(), row, kTileSide * row, 0, 64};
@@ -141,8 +150,8 @@ struct Piece {
 // The pieces of a passage in order: all steps of 32 rows, then of the next 32. A piece without rows comes after the last.
 class Pieces {
  public:
-  Pieces(PassageRows passage, int64_t all_steps, int parts)
-      : last_row_(passage.last), all_steps_(all_steps), steps_(even_steps(all_steps, kMostPieceTiles / std::max(parts, 1))) {}
+  Pieces(PassageRows passage, int64_t all_steps, int64_t most_steps)
+      : last_row_(passage.last), all_steps_(all_steps), steps_(even_steps(all_steps, most_steps)) {}
 
   bool whole() const { return steps_ == all_steps_; }
   Piece first(int64_t row) const { return {row, std::min(kPieceRows, last_row_ - row), 0, steps_}; }
@@ -163,44 +172,72 @@ class Pieces {
   const int64_t last_row_, all_steps_, steps_;
 };
 
-// Writes a piece into tiles: [16 rows][step][part][16 rows][64 bytes].
+// Writes a piece into tiles, [16 rows][step][part][16 rows][64 bytes], and asks for the rows that lie behind it.
 template <class Product>
 class PieceWriter {
  public:
-  static constexpr int kTiles = std::max(Product::kParts, 1);  // of one step
+  static constexpr int64_t kStepTiles = std::max(Product::kParts, 1);
 
   PieceWriter(const Product& product, const Piece& piece, char* to)
-      : product_(product),
-        piece_(piece),
+      : row_bytes_(product.row_bytes()),
+        from_(product.passage_bytes() + piece.row * row_bytes_ + piece.step * Product::kStepBytes),
         to_(to),
-        line_bytes_((product.address(1) - product.address(0)) / product.steps()),
-        fetched_(product.address(piece.row) + piece.step * line_bytes_ * piece.rows +
-                 std::max(kFetchAhead, product.address(kPieceRows) - product.address(0))) {}
+        next_tile_(piece.steps * (kStepTiles * kTileBytes)),
+        behind_(from_ - piece.step * Product::kStepBytes + piece.step * piece.rows * Product::kStepBytes +
+                std::max(kFetchAhead, kPieceRows * row_bytes_)),
+        rows_(piece.rows),
+        steps_(piece.steps),
+        whole_steps_(std::min(piece.steps, product.whole_steps() - piece.step)),
+        left_(product.left()) {}
 
   static TileOperand operand(const char* tiles, const Piece& piece) {
-    return {tiles, 64, kTiles * kTileBytes, kTileBytes, piece.steps * kTiles * kTileBytes};
+    return {tiles, 64, kStepTiles * kTileBytes, kTileBytes, piece.steps * kStepTiles * kTileBytes};
   }
 
-  // Rows [begin, end) of one step of the piece, as far as there are such.
-  [[gnu::always_inline]] void write(int64_t step, int64_t begin, int64_t end) {
-    if (step >= piece_.steps) return;
-    for (int64_t row = begin; row < std::min(end, piece_.rows); ++row) {
-      const int64_t tile = row / kTileSide * piece_.steps + step;
-      product_.write(piece_.row + row, piece_.step + step, to_ + tile * (kTiles * kTileBytes) + row % kTileSide * 64);
-      for (int64_t line = 0; line < line_bytes_; line += 64) _mm_prefetch(fetched_ + line, _MM_HINT_T1);
-      fetched_ += line_bytes_;
+  // Rows [begin, end) of one step, as far as the piece has them.
+  [[gnu::always_inline]] void write(int64_t step, int64_t begin, int64_t end) const {
+    if (rows_ == kPieceRows && step < whole_steps_) {
+#pragma GCC unroll 32
+      for (int64_t row = begin; row < std::min(end, kPieceRows); ++row) {
+        Product::write(from(row, step), to(row, step));
+        if (Product::kStepBytes >= 64 || row % (64 / Product::kStepBytes) == 0) fetch(row, step);
+      }
+    } else {
+      write_some(step, begin, end);
     }
   }
-  void write_from(int64_t step) {
-    for (; step < piece_.steps; ++step) write(step, 0, kPieceRows);
+  void write_from(int64_t step) const {
+    for (; step < steps_; ++step) write_some(step, 0, kPieceRows);
   }
 
  private:
-  const Product& product_;
-  const Piece piece_;
+  const char* from(int64_t row, int64_t step) const { return from_ + row * row_bytes_ + step * Product::kStepBytes; }
+  char* to(int64_t row, int64_t step) const {
+    return to_ + row / kTileSide * next_tile_ + step * (kStepTiles * kTileBytes) + row % kTileSide * 64;
+  }
+  void fetch(int64_t row, int64_t step) const {
+    const char* const line = behind_ + (step * rows_ + row) * Product::kStepBytes;
+    _mm_prefetch(line, _MM_HINT_T1);
+    if (Product::kStepBytes > 64) _mm_prefetch(line + 64, _MM_HINT_T1);
+  }
+  [[gnu::noinline]] void write_some(int64_t step, int64_t begin, int64_t end) const {
+    if (step >= steps_) return;
+    for (int64_t row = begin; row < std::min(end, rows_); ++row) {
+      if (step < whole_steps_) {
+        Product::write(from(row, step), to(row, step));
+      } else {
+        Product::write_some(from(row, step), left_, to(row, step));
+      }
+      fetch(row, step);
+    }
+  }
+
+  const int64_t row_bytes_;
+  const char* const from_;
   char* const to_;
-  const int64_t line_bytes_;  // of one row and step, where it lies
-  const char* fetched_;
+  const int64_t next_tile_;
+  const char* const behind_;
+  const int64_t rows_, steps_, whole_steps_, left_;
 };
 
 // Tiles 0 to 3 = starts, or sums, or what they are (from = null), + rows · columns over `steps`; stored unless to = null.
@@ -232,19 +269,59 @@ void multiply_piece(
   }
 }
 
-template <bool kWinners, class Product>
+// best = the maximum of itself and the similarities of a piece's rows, for 16 query rows; four chains, which need not wait
+// for each other.
+template <class Product>
+void take_maximum(const Product& product, const typename Product::Sum* sums, const Piece& piece, float* best) {
+  constexpr int kChains = 4;
+  Floats maxima[kChains];
+  for (Floats& maximum : maxima) maximum = load(best);
+  Mask unordered = 0;
+  const auto take = [&](int64_t row, int chain) {
+    const Floats similarity = product.similarity(sums + row * kPanelRows, piece.row + row);
+    maxima[chain] = larger(similarity, maxima[chain]);
+    unordered |= _mm512_cmp_ps_mask(similarity, similarity, _CMP_UNORD_Q);
+  };
+  int64_t row = 0;
+  for (; row + kChains <= piece.rows; row += kChains) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) take(row + chain, chain);
+  }
+  for (; row < piece.rows; ++row) take(row, 0);
+  const Floats maximum = larger(larger(maxima[0], maxima[1]), larger(maxima[2], maxima[3]));
+  store(best, select(unordered, splat(std::numeric_limits<float>::quiet_NaN()), maximum));
+}
+
+// The same, and the rows they come from: chains over consecutive rows, of which a later one wins only with more.
+template <class Product>
 void take_maximum(
     const Product& product, const typename Product::Sum* sums, const Piece& piece, float* best, int32_t* winners) {
-  Floats maximum = load(best);
-  Ints winner = kWinners ? load(winners) : splat(int32_t{0});
-  for (int64_t r = 0; r < piece.rows; ++r) {
-    const Floats similarity = product.similarity(sums + r * kPanelRows, piece.row + r);
-    const Mask beaten = beats(similarity, maximum);
-    maximum = select(beaten, similarity, maximum);
-    if constexpr (kWinners) winner = select(beaten, splat(static_cast<int32_t>(piece.row + r)), winner);
+  constexpr int kChains = 4;
+  const int64_t chain_rows = (piece.rows + kChains - 1) / kChains;
+  Floats maxima[kChains];
+  Ints rows[kChains];
+  for (int chain = 0; chain < kChains; ++chain) {
+    maxima[chain] = load(best);
+    rows[chain] = load(winners);
   }
-  store(best, maximum);
-  if constexpr (kWinners) store(winners, winner);
+  for (int64_t at = 0; at < chain_rows; ++at) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) {
+      const int64_t row = chain * chain_rows + at;
+      if (row >= piece.rows) continue;
+      const Floats similarity = product.similarity(sums + row * kPanelRows, piece.row + row);
+      const Mask beaten = beats(similarity, maxima[chain]);
+      maxima[chain] = select(beaten, similarity, maxima[chain]);
+      rows[chain] = select(beaten, splat(static_cast<int32_t>(piece.row + row)), rows[chain]);
+    }
+  }
+  for (int chain = 1; chain < kChains; ++chain) {
+    const Mask beaten = beats(maxima[chain], maxima[0]);
+    maxima[0] = select(beaten, maxima[chain], maxima[0]);
+    rows[0] = select(beaten, rows[chain], rows[0]);
+  }
+  store(best, maxima[0]);
+  store(winners, rows[0]);
 }
 
 // best and winners of `rows` query rows, as MaxsimKernelsOf::best_rows.
@@ -258,73 +335,83 @@ void best_of_product(
 
   char* const buffers[2] = {static_cast<char*>(scratch), static_cast<char*>(scratch) + kPieceBytes};
   Sum* const sums = reinterpret_cast<Sum*>(static_cast<char*>(scratch) + 2 * kPieceBytes);
-  const Pieces pieces(passage, product.steps(), Product::kParts);
-  const int64_t panels = std::clamp<int64_t>(kGroupBytes / (kPanelRows * product.packed_row_bytes()), 1, kMostPanels);
+  const int64_t all_panels = std::max<int64_t>(1, kGroupBytes / (kPanelRows * product.packed_row_bytes()));
+  const bool fits = product.steps() * PieceWriter<Product>::kStepTiles <= kMostPieceTiles;
+  const int64_t panels = fits ? all_panels : std::min(all_panels, kMostPanels);
 
   for (int64_t group = 0; group < rows; group += panels * kPanelRows) {
     const int64_t group_end = std::min(rows, group + panels * kPanelRows);
     const bool one_panel = group_end - group <= kPanelRows;
-    const auto take_panel = [&](const Piece& piece, int64_t at) {
-      const Sum* const from = sums + (pieces.whole() ? 0 : (at - group) / kPanelRows * kSumElements);
+    const int64_t piece_tiles = one_panel ? kLonePieceTiles : kMostPieceTiles;
+    const Pieces pieces(passage, product.steps(), piece_tiles / PieceWriter<Product>::kStepTiles);
+    // The sums of a panel stay in memory while other panels have their turn with a piece that is not the last of its rows.
+    const bool kept = !one_panel && !pieces.whole();
+    const auto kept_sums = [&](int64_t at) { return sums + (at - group) / kPanelRows * kSumElements; };
+    const auto take_panel = [&](const Piece& piece, int64_t at, const Sum* from) {
       for (int64_t lane = 0; lane < std::min(padded - at, kPanelRows); lane += kLanes) {
         if (winners != nullptr) {
-          take_maximum<true>(product, from + lane, piece, best + at + lane, winners + at + lane);
+          take_maximum(product, from + lane, piece, best + at + lane, winners + at + lane);
         } else {
-          take_maximum<false>(product, from + lane, piece, best + at + lane, nullptr);
+          take_maximum(product, from + lane, piece, best + at + lane);
         }
       }
     };
+    // Otherwise the maximum of a panel is taken while the next one is multiplied.
+    Piece done = {};
+    int64_t done_at = group;
+    Sum *done_sums = sums, *own = sums + kSumElements;
 
     Piece piece = pieces.first(passage.first);
     PieceWriter<Product>(product, piece, buffers[0]).write_from(0);
     for (int64_t number = 0; piece.rows > 0; ++number) {
       const Piece next = pieces.after(piece);
       const TileOperand piece_rows = PieceWriter<Product>::operand(buffers[number % 2], piece);
-      PieceWriter<Product> writer(product, next, buffers[1 - number % 2]);
+      const bool begins = piece.step == 0, ends = pieces.ends_rows(piece);
 
-      const auto with_panel = [&](auto row_tiles, auto column_tiles, int64_t at, const auto& meanwhile) {
-        Sum* const own = sums + (pieces.whole() ? 0 : (at - group) / kPanelRows * kSumElements);
-        const bool begins = piece.step == 0;
-        const Sum* const from = begins ? product.starts(at) : one_panel ? nullptr : own;
-        Sum* const to = one_panel && !pieces.ends_rows(piece) ? nullptr : own;
+      const auto multiply = [&](auto row_tiles, auto column_tiles, int64_t at, const auto& meanwhile) {
+        const Sum* const before = kept ? kept_sums(at) : nullptr;
         multiply_piece<Product::kParts, decltype(row_tiles)::value, decltype(column_tiles)::value>(
             piece_rows,
             product.columns(at, column_tiles).from_step(piece.step),
             piece.steps,
-            from,
+            begins ? product.starts(at) : before,
             begins ? 0 : kPanelRows,
-            to,
+            kept ? kept_sums(at) : ends ? own : nullptr,
             meanwhile);
       };
-      const auto with_tiles = [&](int64_t at, const auto& meanwhile) {
+      const auto with_panel = [&](int64_t at, const auto& meanwhile) {
         constexpr std::integral_constant<int, 1> one;
         constexpr std::integral_constant<int, 2> two;
+        const bool two_columns = rows - at > kTileSide;
         if (piece.rows > kTileSide) {
-          rows - at > kTileSide ? with_panel(two, two, at, meanwhile) : with_panel(two, one, at, meanwhile);
+          two_columns ? multiply(two, two, at, meanwhile) : multiply(two, one, at, meanwhile);
         } else {
-          rows - at > kTileSide ? with_panel(one, two, at, meanwhile) : with_panel(one, one, at, meanwhile);
+          two_columns ? multiply(one, two, at, meanwhile) : multiply(one, one, at, meanwhile);
         }
+        if (kept || !ends) return;
+        take_panel(done, done_at, done_sums);
+        done = piece;
+        done_at = at;
+        std::swap(done_sums, own);
       };
 
       if (next.rows > 0) {
+        const PieceWriter<Product> writer(product, next, buffers[1 - number % 2]);
         constexpr int64_t kShare = (kPieceRows + kGroups<Product::kParts> - 1) / kGroups<Product::kParts>;
-        with_tiles(group, [&](int64_t step, int number) __attribute__((always_inline)) {
-          writer.write(step, number * kShare, (number + 1) * kShare);
+        with_panel(group, [writer](int64_t step, int share) __attribute__((always_inline)) {
+          writer.write(step, share * kShare, (share + 1) * kShare);
         });
         writer.write_from(piece.steps);
       } else {
-        with_tiles(group, [](int64_t, int) {});
+        with_panel(group, [](int64_t, int) {});
       }
-      if (pieces.whole()) take_panel(piece, group);
-      for (int64_t at = group + kPanelRows; at < group_end; at += kPanelRows) {
-        with_tiles(at, [](int64_t, int) {});
-        if (pieces.whole()) take_panel(piece, at);
-      }
-      if (!pieces.whole() && pieces.ends_rows(piece)) {
-        for (int64_t at = group; at < group_end; at += kPanelRows) take_panel(piece, at);
+      for (int64_t at = group + kPanelRows; at < group_end; at += kPanelRows) with_panel(at, [](int64_t, int) {});
+      if (kept && ends) {
+        for (int64_t at = group; at < group_end; at += kPanelRows) take_panel(piece, at, kept_sums(at));
       }
       piece = next;
     }
+    take_panel(done, done_at, done_sums);
   }
 }
 
@@ -364,18 +451,16 @@ int64_t packed_row_bytes(int64_t width) {
   return FloatProduct<T>{nullptr, nullptr, width}.packed_row_bytes();
 }
 
+// Tiles of query rows, transposed.
 template <class T>
 void pack(const T* rows, int64_t count, int64_t width, void* packed) {
-  const int64_t steps = FloatProduct<T>::steps(width);
-  BFloat16* tile = static_cast<BFloat16*>(packed);
-  for (int64_t begin = 0; begin < count; begin += kTileSide) {
-    for (int64_t step = 0; step < steps; ++step) {
-      std::fill_n(reinterpret_cast<uint16_t*>(tile), kParts<T> * kTileElements, uint16_t{0});
-      for (int64_t row = begin; row < std::min(count, begin + kTileSide); ++row) {
-        write_parts(rows + row * width, step * kTileDepth, width, tile + (row - begin) * kTileDepth);
-      }
-      for (int part = 0; part < kParts<T>; ++part, tile += kTileElements) transpose_words(tile);
-    }
+  const FloatProduct<T> product = {rows, nullptr, width};
+  const int64_t tile_bytes = kTileSide * product.packed_row_bytes();
+  char* tile = static_cast<char*>(packed);
+  for (int64_t row = 0; row < count; row += kTileSide, tile += tile_bytes) {
+    std::fill_n(tile, tile_bytes, 0);
+    PieceWriter<FloatProduct<T>>(product, {row, std::min(kTileSide, count - row), 0, product.steps()}, tile).write_from(0);
+    for (int64_t at = 0; at < tile_bytes; at += kTileBytes) transpose_words(reinterpret_cast<BFloat16*>(tile + at));
   }
 }
 
