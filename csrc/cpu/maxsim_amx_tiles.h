@@ -172,7 +172,8 @@ class Pieces {
   const int64_t last_row_, all_steps_, steps_;
 };
 
-// Writes a piece into tiles, [16 rows][step][part][16 rows][64 bytes], and asks for the rows that lie behind it.
+// Writes a piece into tiles, [16 rows][step][part][16 rows][64 bytes], a step of a row at a time and row by row, the order in
+// which they lie in memory; and asks for the rows that lie behind the piece.
 template <class Product>
 class PieceWriter {
  public:
@@ -180,64 +181,62 @@ class PieceWriter {
 
   PieceWriter(const Product& product, const Piece& piece, char* to)
       : row_bytes_(product.row_bytes()),
-        from_(product.passage_bytes() + piece.row * row_bytes_ + piece.step * Product::kStepBytes),
-        to_(to),
-        next_tile_(piece.steps * (kStepTiles * kTileBytes)),
-        behind_(from_ - piece.step * Product::kStepBytes + piece.step * piece.rows * Product::kStepBytes +
-                std::max(kFetchAhead, kPieceRows * row_bytes_)),
-        rows_(piece.rows),
         steps_(piece.steps),
-        whole_steps_(std::min(piece.steps, product.whole_steps() - piece.step)),
-        left_(product.left()) {}
+        whole_steps_(product.whole_steps() - piece.step),
+        left_(product.left()),
+        rows_(piece.rows),
+        begin_(product.passage_bytes() + piece.row * row_bytes_ + piece.step * Product::kStepBytes),
+        tiles_(to) {
+    const int64_t before = piece.step * piece.rows * Product::kStepBytes;
+    cursor_ = {0, 0, begin_, tiles_, begin_ - piece.step * Product::kStepBytes + before + ahead()};
+  }
 
   static TileOperand operand(const char* tiles, const Piece& piece) {
     return {tiles, 64, kStepTiles * kTileBytes, kTileBytes, piece.steps * kStepTiles * kTileBytes};
   }
 
-  // Rows [begin, end) of one step, as far as the piece has them.
-  [[gnu::always_inline]] void write(int64_t step, int64_t begin, int64_t end) const {
-    if (rows_ == kPieceRows && step < whole_steps_) {
-#pragma GCC unroll 32
-      for (int64_t row = begin; row < std::min(end, kPieceRows); ++row) {
-        Product::write(from(row, step), to(row, step));
-        if (Product::kStepBytes >= 64 || row % (64 / Product::kStepBytes) == 0) fetch(row, step);
+  int64_t units() const { return rows_ * steps_; }
+
+  // The next `units` steps of rows, as far as the piece has them.
+  [[gnu::always_inline]] void write(int64_t units) {
+    Cursor at = cursor_;
+    for (; units > 0 && at.row < rows_; --units) {
+      if (at.step < whole_steps_) {
+        Product::write(at.from, at.to);
+      } else {
+        Product::write_some(at.from, left_, at.to);
       }
-    } else {
-      write_some(step, begin, end);
+      for (int64_t line = 0; line < std::max<int64_t>(64, Product::kStepBytes); line += 64) {
+        _mm_prefetch(at.behind + line, _MM_HINT_T1);
+      }
+      at.behind += Product::kStepBytes;
+      at.from += Product::kStepBytes;
+      at.to += kStepTiles * kTileBytes;
+      if (++at.step == steps_) {
+        at.step = 0;
+        ++at.row;
+        at.from = begin_ + at.row * row_bytes_;
+        at.to = tiles_ + at.row / kTileSide * (steps_ * kStepTiles * kTileBytes) + at.row % kTileSide * 64;
+      }
     }
+    cursor_ = at;
   }
-  void write_from(int64_t step) const {
-    for (; step < steps_; ++step) write_some(step, 0, kPieceRows);
-  }
+  void write_rest() { write(units()); }
 
  private:
-  const char* from(int64_t row, int64_t step) const { return from_ + row * row_bytes_ + step * Product::kStepBytes; }
-  char* to(int64_t row, int64_t step) const {
-    return to_ + row / kTileSide * next_tile_ + step * (kStepTiles * kTileBytes) + row % kTileSide * 64;
-  }
-  void fetch(int64_t row, int64_t step) const {
-    const char* const line = behind_ + (step * rows_ + row) * Product::kStepBytes;
-    _mm_prefetch(line, _MM_HINT_T1);
-    if (Product::kStepBytes > 64) _mm_prefetch(line + 64, _MM_HINT_T1);
-  }
-  [[gnu::noinline]] void write_some(int64_t step, int64_t begin, int64_t end) const {
-    if (step >= steps_) return;
-    for (int64_t row = begin; row < std::min(end, rows_); ++row) {
-      if (step < whole_steps_) {
-        Product::write(from(row, step), to(row, step));
-      } else {
-        Product::write_some(from(row, step), left_, to(row, step));
-      }
-      fetch(row, step);
-    }
-  }
+  struct Cursor {
+    int64_t row, step;
+    const char* from;
+    char* to;
+    const char* behind;
+  };
 
-  const int64_t row_bytes_;
-  const char* const from_;
-  char* const to_;
-  const int64_t next_tile_;
-  const char* const behind_;
-  const int64_t rows_, steps_, whole_steps_, left_;
+  int64_t ahead() const { return std::max(kFetchAhead, kPieceRows * row_bytes_); }
+
+  const int64_t row_bytes_, steps_, whole_steps_, left_, rows_;
+  const char* const begin_;
+  char* const tiles_;
+  Cursor cursor_;
 };
 
 // Tiles 0 to 3 = starts, or sums, or what they are (from = null), + rows · columns over `steps`; stored unless to = null.
@@ -342,7 +341,7 @@ void best_of_product(
   for (int64_t group = 0; group < rows; group += panels * kPanelRows) {
     const int64_t group_end = std::min(rows, group + panels * kPanelRows);
     const bool one_panel = group_end - group <= kPanelRows;
-    const int64_t piece_tiles = one_panel ? kLonePieceTiles : kMostPieceTiles;
+    const int64_t piece_tiles = one_panel && !fits ? kLonePieceTiles : kMostPieceTiles;
     const Pieces pieces(passage, product.steps(), piece_tiles / PieceWriter<Product>::kStepTiles);
     // The sums of a panel stay in memory while other panels have their turn with a piece that is not the last of its rows.
     const bool kept = !one_panel && !pieces.whole();
@@ -362,7 +361,7 @@ void best_of_product(
     Sum *done_sums = sums, *own = sums + kSumElements;
 
     Piece piece = pieces.first(passage.first);
-    PieceWriter<Product>(product, piece, buffers[0]).write_from(0);
+    PieceWriter<Product>(product, piece, buffers[0]).write_rest();
     for (int64_t number = 0; piece.rows > 0; ++number) {
       const Piece next = pieces.after(piece);
       const TileOperand piece_rows = PieceWriter<Product>::operand(buffers[number % 2], piece);
@@ -396,12 +395,11 @@ void best_of_product(
       };
 
       if (next.rows > 0) {
-        const PieceWriter<Product> writer(product, next, buffers[1 - number % 2]);
-        constexpr int64_t kShare = (kPieceRows + kGroups<Product::kParts> - 1) / kGroups<Product::kParts>;
-        with_panel(group, [writer](int64_t step, int share) __attribute__((always_inline)) {
-          writer.write(step, share * kShare, (share + 1) * kShare);
-        });
-        writer.write_from(piece.steps);
+        PieceWriter<Product> writer(product, next, buffers[1 - number % 2]);
+        const int64_t groups = piece.steps * kGroups<Product::kParts>;
+        const int64_t share = (writer.units() + groups - 1) / groups;
+        with_panel(group, [&writer, share](int64_t, int) __attribute__((always_inline)) { writer.write(share); });
+        writer.write_rest();
       } else {
         with_panel(group, [](int64_t, int) {});
       }
@@ -459,7 +457,7 @@ void pack(const T* rows, int64_t count, int64_t width, void* packed) {
   char* tile = static_cast<char*>(packed);
   for (int64_t row = 0; row < count; row += kTileSide, tile += tile_bytes) {
     std::fill_n(tile, tile_bytes, 0);
-    PieceWriter<FloatProduct<T>>(product, {row, std::min(kTileSide, count - row), 0, product.steps()}, tile).write_from(0);
+    PieceWriter<FloatProduct<T>>(product, {row, std::min(kTileSide, count - row), 0, product.steps()}, tile).write_rest();
     for (int64_t at = 0; at < tile_bytes; at += kTileBytes) transpose_words(reinterpret_cast<BFloat16*>(tile + at));
   }
 }
