@@ -29,13 +29,13 @@ constexpr int64_t kPanelRows = 2 * kTileSide;  // query rows
 constexpr int64_t kPieceRows = 2 * kTileSide;  // passage rows
 // Tiles of one step and one part in each half of a piece: what is written must not push out of the first-level cache what
 // is multiplied. With several panels, which load and store their sums for each piece, larger ones pay.
-constexpr int64_t kLonePieceTiles = 3, kMostPieceTiles = 12;
+constexpr int64_t kLonePieceTiles = 5, kMostPieceTiles = 12;
 constexpr int64_t kMostPanels = 8;             // in a group
 constexpr int64_t kGroupBytes = 1 << 20;
 constexpr int64_t kPieceBytes = 2 * kMostPieceTiles * kTileBytes;
 constexpr int64_t kSumElements = kPieceRows * kPanelRows;
 // Passage rows are asked for this far ahead, or by the rows of a piece where those are more.
-constexpr int64_t kFetchAhead = 16 << 10;
+constexpr int64_t kFetchAhead = 32 << 10;
 
 // The first `left` elements at `from`, at most 16, and zeros.
 inline Floats load_some(const float* from, int64_t left) {
@@ -341,7 +341,7 @@ void best_of_product(
   for (int64_t group = 0; group < rows; group += panels * kPanelRows) {
     const int64_t group_end = std::min(rows, group + panels * kPanelRows);
     const bool one_panel = group_end - group <= kPanelRows;
-    const int64_t piece_tiles = one_panel && !fits ? kLonePieceTiles : kMostPieceTiles;
+    const int64_t piece_tiles = one_panel ? kLonePieceTiles : kMostPieceTiles;
     const Pieces pieces(passage, product.steps(), piece_tiles / PieceWriter<Product>::kStepTiles);
     // The sums of a panel stay in memory while other panels have their turn with a piece that is not the last of its rows.
     const bool kept = !one_panel && !pieces.whole();
