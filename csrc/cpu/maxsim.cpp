@@ -31,46 +31,35 @@ class FloatScorer {
   using Passages = const T*;
 
   FloatScorer(const Sequences& queries, const std::vector<QueryBlock>& blocks, Passages passages)
-      : kernels_(maxsim_kernels()),
+      : kernels_(maxsim_kernels().of(T{})),
         width_(queries.width),
+        queries_(queries.data<T>()),
         passages_(passages),
-        packed_(packed_rows(blocks) * queries.width) {
-    pack(queries, blocks);
-  }
-
-  int64_t row_bytes() const { return width_ * int64_t(sizeof(T)); }
-
-  void operator()(const QueryBlock& block, PassageRows passage, float* best, int32_t* winners, float* scratch) const {
-    const float* panels = packed_.data() + block.packed_row * width_;
-    kernels_.best(T{})(panels, block.rows, passages_, passage, best, winners, scratch);
-  }
-
- private:
-  void pack(const Sequences& queries, const std::vector<QueryBlock>& blocks) {
-    const T* rows = queries.data<T>();
+        packed_(packed_rows(blocks) * kernels_.packed_row_bytes(queries.width)) {
     torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        const QueryBlock& block = blocks[b];
-        visit_panels(block.rows, kernels_.lanes, [&](int64_t at, int64_t used, int64_t panel_rows) {
-          float* panel = packed_.data() + (block.packed_row + at) * width_;
-          const T* from = rows + (block.first_row + at) * width_;
-          // Transposed 8 elements at a time: whole lines are read, and the lines written stay in the first-level cache.
-          for (int64_t begin_e = 0; begin_e < width_; begin_e += 8) {
-            for (int64_t row = 0; row < panel_rows; ++row) {
-              for (int64_t e = begin_e; e < begin_e + 8; ++e) {
-                panel[e * panel_rows + row] = row < used ? widen(from[row * width_ + e]) : 0.f;
-              }
-            }
-          }
-        });
+        kernels_.pack(queries_ + blocks[b].first_row * width_, blocks[b].rows, width_, packed(blocks[b]));
       }
     });
   }
 
-  const MaxsimKernels& kernels_;
+  int64_t row_bytes() const { return width_ * int64_t(sizeof(T)); }
+
+  void operator()(const QueryBlock& block, PassageRows passage, float* best, int32_t* winners, void* scratch) const {
+    const QueryRows<T> rows = {queries_ + block.first_row * width_, packed(block), block.rows};
+    kernels_.best_rows(rows, passages_, passage, best, winners, scratch);
+  }
+
+ private:
+  char* packed(const QueryBlock& block) const {
+    return packed_.data() + block.packed_row * kernels_.packed_row_bytes(width_);
+  }
+
+  const MaxsimKernelsOf<T>& kernels_;
   const int64_t width_;
+  const T* const queries_;
   const T* const passages_;
-  const AlignedBuffer<float> packed_;
+  const AlignedBuffer<char> packed_;
 };
 
 // What one query's rows chose in one passage, and what the gradient of their score weighs.
@@ -113,7 +102,7 @@ void gather_queries(const Sequences& queries, const Sequences& passages, const C
       tasks.push_back({int32_t(q), i, std::min<int64_t>(i + kRowsPerTask, queries.rows(q))});
     }
   }
-  const auto weighted_sum = maxsim_kernels().sum(T{});
+  const auto weighted_sum = maxsim_kernels().of(T{}).weighted_sum;
   const int64_t width = queries.width;
   struct Lists {
     std::vector<Choice> choices;
@@ -176,7 +165,7 @@ void collect_passages(const Sequences& queries, const Sequences& passages, const
   for (int64_t p = 0; p < passages.count; ++p) {
     if (passages.rows(p) > 0) tasks.push_back({int32_t(p), p, p + 1});
   }
-  const auto weighted_sum = maxsim_kernels().sum(T{});
+  const auto weighted_sum = maxsim_kernels().of(T{}).weighted_sum;
   const int64_t width = queries.width;
   struct Lists {
     explicit Lists(int64_t width) : sum_into(width) {}

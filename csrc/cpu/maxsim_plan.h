@@ -43,15 +43,6 @@ inline int64_t packed_rows(const std::vector<QueryBlock>& blocks) {
   return last.packed_row + (last.rows + 2 * kMostLanes - 1) / (2 * kMostLanes) * (2 * kMostLanes);
 }
 
-// Visits the panels of a block: body(first row within the block, rows of the query in it, rows of the panel).
-template <class Body>
-void visit_panels(int64_t rows, int lanes, const Body& body) {
-  for (int64_t at = 0; at < rows; at += 2 * lanes) {
-    const int64_t used = std::min<int64_t>(rows - at, 2 * lanes);
-    body(at, used, used <= lanes ? lanes : 2 * lanes);
-  }
-}
-
 // Some of the passages of one block: items [begin, end) of its list.
 struct Task {
   int32_t block;

@@ -31,8 +31,9 @@ class QuantizedScorer {
   QuantizedScorer(const Sequences& queries, const std::vector<QueryBlock>& blocks, const Passages& passages)
       : kernels_(maxsim_kernels()),
         width_(queries.width),
+        packed_width_((width_ + kernels_.byte_depth - 1) / kernels_.byte_depth * kernels_.byte_depth),
         passages_(passages),
-        packed_(packed_rows(blocks) * queries.width),
+        packed_(packed_rows(blocks) * packed_width_),
         starts_(packed_rows(blocks)),
         scales_(packed_rows(blocks)) {
     with_float_type("maxsim_quantized", queries.tensor.scalar_type(), [&](auto type) {
@@ -42,17 +43,17 @@ class QuantizedScorer {
 
   int64_t row_bytes() const { return width_ * passages_.bits / 8; }
 
-  void operator()(const QueryBlock& block, PassageRows passage, float* best, int32_t*, float* scratch) const {
+  void operator()(const QueryBlock& block, PassageRows passage, float* best, int32_t*, void* scratch) const {
     const auto best_rows = passages_.bits == 8 ? kernels_.best_bytes : kernels_.best_bits;
     best_rows(
-        packed_.data() + block.packed_row * width_,
+        packed_.data() + block.packed_row * packed_width_,
         starts_.data() + block.packed_row,
         block.rows,
         passages_.codes,
         passages_.scales,
         passage,
         best,
-        reinterpret_cast<uint8_t*>(scratch));
+        scratch);
     const float* scales = scales_.data() + block.packed_row;
     for (int64_t i = 0; i < block.rows; ++i) best[i] *= scales[i];
   }
@@ -82,11 +83,11 @@ class QuantizedScorer {
       largest = std::max(largest, std::abs(widen(from[e])));
       finite &= std::isfinite(widen(from[e]));
     }
-    int8_t* panel = packed_.data() + panel_start * width_;
+    int8_t* panel = packed_.data() + panel_start * packed_width_;
     const float inverse = finite && largest > 0 ? kMostQueryCode / largest : 0.f;
     int32_t sum = 0;
-    for (int64_t e = 0; e < width_; ++e) {
-      const int code = inverse > 0 ? static_cast<int>(std::lrint(widen(from[e]) * inverse)) : 0;
+    for (int64_t e = 0; e < packed_width_; ++e) {
+      const int code = inverse > 0 && e < width_ ? static_cast<int>(std::lrint(widen(from[e]) * inverse)) : 0;
       panel[e / 4 * 4 * panel_rows + row * 4 + e % 4] = static_cast<int8_t>(code);
       sum += code;
     }
@@ -95,7 +96,7 @@ class QuantizedScorer {
   }
 
   const MaxsimKernels& kernels_;
-  const int64_t width_;
+  const int64_t width_, packed_width_;
   const Passages passages_;
   const AlignedBuffer<int8_t> packed_;
   const AlignedBuffer<int32_t> starts_;

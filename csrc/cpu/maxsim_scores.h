@@ -18,7 +18,6 @@ namespace m3 {
 // multiply-adds, so that taking it costs nothing.
 inline constexpr int64_t kTasksPerThread = 16;
 inline constexpr int64_t kLeastWork = 1 << 20;
-inline constexpr int64_t kBlockBytes = 256 << 10;
 // A run of passages stays in the shared cache while several blocks of queries use it.
 inline constexpr int64_t kRunBytes = 4 << 20;
 
@@ -54,13 +53,17 @@ class ZeroFloor {
   std::optional<Tensor> marks_;
 };
 
-// Scratch memory of one thread.
+// Scratch memory of one thread, and what its kernels ask of it.
 struct Worker {
-  Worker(int64_t most_rows, int64_t width)
-      : best(most_rows + 2 * kMostLanes), winners(most_rows + 2 * kMostLanes), scratch(kMostTileRows * (width + 32)) {}
+  Worker(const MaxsimKernels& kernels, int64_t most_rows, int64_t width)
+      : best(most_rows + 2 * kMostLanes),
+        winners(most_rows + 2 * kMostLanes),
+        scratch(kernels.scratch_bytes(width)),
+        prepared(kernels.prepare_thread != nullptr ? kernels.prepare_thread() : nullptr) {}
   AlignedBuffer<float> best;
   AlignedBuffer<int32_t> winners;
-  AlignedBuffer<float> scratch;
+  AlignedBuffer<char> scratch;
+  std::shared_ptr<void> prepared;
 };
 
 inline int64_t most_rows(const std::vector<QueryBlock>& blocks) {
@@ -97,8 +100,9 @@ void score_all(
     float* scores,
     int32_t* argmax) {
   const int64_t width = queries.width, count = passages.count;
-  const auto blocks = query_blocks(
-      queries.bounds, queries.count, std::max<int64_t>(2 * kMostLanes, kBlockBytes / int64_t(width * sizeof(float))));
+  const MaxsimKernels& kernels = maxsim_kernels();
+  const int64_t block_rows = std::max<int64_t>(2 * kMostLanes, kernels.block_bytes / int64_t(width * sizeof(float)));
+  const auto blocks = query_blocks(queries.bounds, queries.count, block_rows);
   const Scorer best_rows(queries, blocks, passage_rows);
 
   const int64_t all_rows = passages.bounds[count];
@@ -116,7 +120,7 @@ void score_all(
     return passages.bounds[task.end] - passages.bounds[task.begin] > 2 * run_rows;
   });
 
-  const auto make_worker = [&] { return Worker(most_rows(blocks), width); };
+  const auto make_worker = [&] { return Worker(kernels, most_rows(blocks), width); };
   run_tasks(tasks, make_worker, [&](const Task& task, Worker& worker) {
     const QueryBlock& block = blocks[task.block];
     int32_t* winners = argmax != nullptr ? worker.winners.data() : nullptr;
@@ -167,6 +171,7 @@ void score_pairs(
     int32_t* argmax,
     const int64_t* argmax_begin) {
   const int64_t width = queries.width;
+  const MaxsimKernels& kernels = maxsim_kernels();
   const auto blocks = query_blocks(queries.bounds, queries.count, 1);
   const Scorer best_rows(queries, blocks, passage_rows);
 
@@ -187,7 +192,7 @@ void score_pairs(
     }
   }
 
-  const auto make_worker = [&] { return Worker(most_rows(blocks), width); };
+  const auto make_worker = [&] { return Worker(kernels, most_rows(blocks), width); };
   run_tasks(tasks, make_worker, [&](const Task& task, Worker& worker) {
     const QueryBlock& block = blocks[task.block];
     for (int64_t item = task.begin; item < task.end; ++item) {

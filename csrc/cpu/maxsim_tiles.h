@@ -6,11 +6,14 @@
 // the second-level cache, while a passage tile (R·E floats) passes through the first level once for each group.
 #pragma once
 
+#include "maxsim_gather.h"
 #include "micro/tile.h"
 
 namespace m3::M3_ISA {
 
 constexpr int64_t kGroupBytes = 256 << 10;
+constexpr int64_t kMostTileRows = 16;
+static_assert(kTileRows <= kMostTileRows && kByteTileRows <= kMostTileRows);
 
 template <int R, int V, bool kWinners>
 void float_tile(
@@ -132,11 +135,38 @@ void widen_row(const T* from, int64_t width, float* to) {
   for (; e < width; ++e) to[e] = widen(from[e]);
 }
 
+inline int64_t packed_row_bytes(int64_t width) { return width * int64_t(sizeof(float)); }
+
+template <class T>
+void pack(const T* rows, int64_t count, int64_t width, void* packed) {
+  visit_panels(count, kLanes, [&](int64_t at, int64_t used, int64_t panel_rows) {
+    float* panel = static_cast<float*>(packed) + at * width;
+    const T* from = rows + at * width;
+    // Transposed 8 elements at a time: whole lines are read, and the lines written stay in the first-level cache.
+    for (int64_t begin = 0; begin < width; begin += 8) {
+      for (int64_t row = 0; row < panel_rows; ++row) {
+        for (int64_t e = begin; e < begin + 8; ++e) {
+          panel[e * panel_rows + row] = row < used ? widen(from[row * width + e]) : 0.f;
+        }
+      }
+    }
+  });
+}
+
+inline int64_t scratch_bytes(int64_t width) { return kMostTileRows * (width + 32) * int64_t(sizeof(float)); }
+
 template <class T>
 void best_rows(
-    const float* panels, int64_t rows, const T* passages, PassageRows passage, float* best, int32_t* winners, float* scratch) {
+    const QueryRows<T>& queries,
+    const T* passages,
+    PassageRows passage,
+    float* best,
+    int32_t* winners,
+    void* scratch) {
   constexpr bool kInPlace = std::is_same_v<T, float>;
-  const int64_t width = passage.width;
+  const int64_t width = passage.width, rows = queries.count;
+  const float* const panels = static_cast<const float*>(queries.packed);
+  float* const widened = static_cast<float*>(scratch);
   // Rows of a power of two fall into the same cache sets; the copies keep apart.
   const int64_t stride = kInPlace ? width : width + 16;
   const int64_t padded = (rows + kLanes - 1) / kLanes * kLanes;
@@ -151,8 +181,8 @@ void best_rows(
         if constexpr (kInPlace) {
           tile = passages + row * width;
         } else {
-          for (int r = 0; r < tile_rows; ++r) widen_row(passages + (row + r) * width, width, scratch + r * stride);
-          tile = scratch;
+          for (int r = 0; r < tile_rows; ++r) widen_row(passages + (row + r) * width, width, widened + r * stride);
+          tile = widened;
         }
       },
       [&](auto tile_rows, auto vectors, int64_t row, int64_t at, bool first) {
@@ -186,8 +216,9 @@ void best_quantized_rows(
     const float* scales,
     PassageRows passage,
     float* best,
-    uint8_t* scratch) {
+    void* scratch) {
   const int64_t width = passage.width, row_bytes = width * kBits / 8;
+  uint8_t* const expanded = static_cast<uint8_t*>(scratch);
   const int64_t stride = kBits == 8 ? width : width + 64;
   std::fill_n(best, (rows + kLanes - 1) / kLanes * kLanes, -std::numeric_limits<float>::infinity());
   const uint8_t* tile = nullptr;
@@ -198,8 +229,8 @@ void best_quantized_rows(
       [&](int64_t row, auto tile_rows) {
         tile = codes + row * row_bytes;
         if constexpr (kBits == 1) {
-          for (int r = 0; r < tile_rows; ++r) expand_bits(tile + r * row_bytes, width, scratch + r * stride);
-          tile = scratch;
+          for (int r = 0; r < tile_rows; ++r) expand_bits(tile + r * row_bytes, width, expanded + r * stride);
+          tile = expanded;
         }
       },
       [&](auto tile_rows, auto vectors, int64_t row, int64_t at, bool first) {
@@ -209,44 +240,22 @@ void best_quantized_rows(
       });
 }
 
-template <int kVectors, class T>
-void weighted_columns(
-    const T* rows, int64_t width, const int32_t* index, const float* weights, int64_t count, float* out) {
-  Floats acc[1][kVectors];
-  clear(acc);
-  for (int64_t k = 0; k < count; ++k) {
-    const T* row = rows + index[k] * width;
-    const Floats weight = splat(weights[k]);
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) acc[0][v] = multiply_add(load(row + v * kLanes), weight, acc[0][v]);
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, acc[0][v]);
-}
-
 template <class T>
-void weighted_sum(const T* rows, int64_t width, const int32_t* index, const float* weights, int64_t count, float* out) {
-  int64_t e = 0;
-  for (; e + 8 * kLanes <= width; e += 8 * kLanes) {
-    weighted_columns<8>(rows + e, width, index, weights, count, out + e);
-  }
-  for (; e + kLanes <= width; e += kLanes) weighted_columns<1>(rows + e, width, index, weights, count, out + e);
-  for (; e < width; ++e) {
-    out[e] = 0;
-    for (int64_t k = 0; k < count; ++k) out[e] += weights[k] * widen(rows[index[k] * width + e]);
-  }
+constexpr MaxsimKernelsOf<T> kernels_of() {
+  return {packed_row_bytes, pack<T>, best_rows<T>, weighted_sum<T>};
 }
 
 const MaxsimKernels kMaxsimKernels = {
-    kLanes,
-    best_rows<float>,
-    best_rows<BFloat16>,
-    best_rows<Half>,
-    best_quantized_rows<8>,
-    best_quantized_rows<1>,
-    weighted_sum<float>,
-    weighted_sum<BFloat16>,
-    weighted_sum<Half>,
+    .lanes = kLanes,
+    .byte_depth = 8,
+    .block_bytes = kGroupBytes,
+    .scratch_bytes = scratch_bytes,
+    .prepare_thread = nullptr,
+    .of_float = kernels_of<float>(),
+    .of_bfloat16 = kernels_of<BFloat16>(),
+    .of_half = kernels_of<Half>(),
+    .best_bytes = best_quantized_rows<8>,
+    .best_bits = best_quantized_rows<1>,
 };
 
 }  // namespace m3::M3_ISA

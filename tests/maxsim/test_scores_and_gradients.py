@@ -15,7 +15,7 @@ from m3kernels import _library
 from m3kernels.maxsim import reference
 from tests.maxsim.cases import DTYPES, Batch, offsets_of, ragged_batch, ragged_batches, similarity_bound
 
-ISAS = ("portable", "avx2", "avx512", "avx512vnni")
+ISAS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
 
 pytestmark = pytest.mark.skipif(
     _library.cpu_kernel("maxsim_forward") is None, reason="the compiled CPU kernels are missing"
