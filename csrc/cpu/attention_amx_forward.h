@@ -18,15 +18,6 @@ namespace m3::M3_ISA {
 
 constexpr int64_t kPairRows = 2 * kTileSide;
 
-// 16 elements from e on of a row of `width`, zeros behind its end.
-template <class T>
-Floats load_within(const T* row, int64_t e, int64_t width) {
-  if (e + kLanes <= width) return load(row + e);
-  T elements[kLanes] = {};
-  std::copy(row + std::min(e, width), row + width, elements);
-  return load(elements);
-}
-
 // Tiles of 16 rows, filled up with zeros to a multiple of 32 rows and 32 elements: to[row tile][step][part]. Whether all
 // numbers could be split.
 template <class T>

@@ -156,13 +156,6 @@ template <int R>
 }
 
 template <class T>
-void write_transposed(const float* panel, int64_t rows, int64_t width, float factor, T* to, int64_t row_stride) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t e = 0; e < width; ++e) to[row * row_stride + e] = T(panel[e * kPanel + row] * factor);
-  }
-}
-
-template <class T>
 void attention_backward(
     const AttentionCall& call, const BackwardTensors<T>& tensors, RowRange keys, float* grad_q_sums, float* scratch) {
   constexpr int64_t query_block = kBackwardQueryBlock;
@@ -242,11 +235,13 @@ void attention_backward(
             grad_scores + row * kPanel, panels, key_rows, panels * kPanel, width, sums + row * sums_stride);
       }
     }
+    const Floats of_keys[2] = {splat(call.scale), splat(call.scale)};
+    const Floats of_values[2] = {splat(call.dropout_factor), splat(call.dropout_factor)};
     for (int64_t at = 0; at < count; at += kPanel) {
       const int64_t rows = std::min<int64_t>(kPanel, count - at);
       const HeadRows<T>&dk = tensors.grad_k, &dv = tensors.grad_v;
-      write_transposed(grad_k + at * width, rows, call.width, call.scale, dk.at(begin + first + at, head), dk.row_stride);
-      write_transposed(grad_v + at * width, rows, call.width, call.dropout_factor, dv.at(begin + first + at, head), dv.row_stride);
+      write_transposed(grad_k + at * width, rows, call.width, of_keys, dk.at(begin + first + at, head), dk.row_stride);
+      write_transposed(grad_v + at * width, rows, call.width, of_values, dv.at(begin + first + at, head), dv.row_stride);
     }
   }
 }

@@ -160,16 +160,19 @@ template <class T>
 void write_panel(const AttentionCall& call, const ForwardTensors<T>& tensors, RowRange queries, const QueryPanel& panel) {
   const int64_t begin = call.bounds[queries.sequence] + panel.first;
   const int64_t rows = std::min<int64_t>(queries.last - panel.first, kPanel);
+  alignas(64) float factors[kPanel] = {};
   for (int64_t row = 0; row < rows; ++row) {
     const float total = panel.total[row];
-    const float factor = total == 0.f ? 0.f : call.dropout_factor / total;
-    T* out = tensors.out.at(begin + row, queries.head);
-    for (int64_t e = 0; e < call.width; ++e) {
-      out[e] = T(total == 0.f ? 0.f : panel.sums[e * kPanel + row] * factor);
+    if (total == 0.f) {
+      for (int64_t e = 0; e < call.width; ++e) panel.sums[e * kPanel + row] = 0.f;
+    } else {
+      factors[row] = call.dropout_factor / total;
     }
     tensors.log_sum_exp[queries.head * call.total + begin + row] =
         total == 0.f ? -kInfinity : (panel.shift[row] + std::log2(total)) / kLog2E;
   }
+  const Floats of_rows[2] = {load(factors), load(factors + kLanes)};
+  write_transposed(panel.sums, rows, call.width, of_rows, tensors.out.at(begin, queries.head), tensors.out.row_stride);
 }
 
 template <class T>

@@ -77,39 +77,6 @@ bool split_row(const T* row, int64_t depth, int64_t steps, int64_t r, BFloat16* 
   return largest.of_all_lanes().each_splittable();
 }
 
-// Columns of the two vectors' lanes become vectors: lines[c] holds column c's elements, to[e] element e's columns.
-inline void transpose(Floats (&lines)[16]) {
-  Floats pairs[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_ps(lines[i], lines[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_ps(lines[i], lines[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const __m512d first = _mm512_castps_pd(pairs[i + half]), second = _mm512_castps_pd(pairs[i + 2 + half]);
-      lines[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
-      lines[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
-    }
-  }
-  // Quarters of vectors: line 4q + i holds elements i, 4 + i, 8 + i, 12 + i of columns 4q ... 4q + 3.
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const Floats even_low = _mm512_shuffle_f32x4(lines[i], lines[4 + i], 0x88);
-    const Floats odd_low = _mm512_shuffle_f32x4(lines[i], lines[4 + i], 0xdd);
-    const Floats even_high = _mm512_shuffle_f32x4(lines[8 + i], lines[12 + i], 0x88);
-    const Floats odd_high = _mm512_shuffle_f32x4(lines[8 + i], lines[12 + i], 0xdd);
-    pairs[i] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
-    pairs[4 + i] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
-    pairs[8 + i] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
-    pairs[12 + i] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) lines[i] = pairs[i];
-}
-
 // Elements from `begin` on of 16 columns from `column` on, as a panel: to[kTileDepth][16].
 template <class W>
 [[gnu::always_inline]] inline void panel_step(const GivenWeights<W>& weights, int64_t column, int64_t begin, float* to) {

@@ -240,33 +240,12 @@ template <int kParts>
 
 // A 16 x 16 matrix of words, transposed in place.
 inline void transpose_words(BFloat16* tile) {
-  __m512i rows[16], pairs[16];
+  Floats rows[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(tile + 32 * i);
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  // rows[i + c]: words c, c + 4, c + 8, c + 12 of rows i to i + 3.
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    rows[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-    rows[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-    rows[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-    rows[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i low_even = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88);
-    const __m512i low_odd = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xdd);
-    const __m512i high_even = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
-    const __m512i high_odd = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xdd);
-    _mm512_storeu_si512(tile + 32 * c, _mm512_shuffle_i32x4(low_even, high_even, 0x88));
-    _mm512_storeu_si512(tile + 32 * (4 + c), _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
-    _mm512_storeu_si512(tile + 32 * (8 + c), _mm512_shuffle_i32x4(low_even, high_even, 0xdd));
-    _mm512_storeu_si512(tile + 32 * (12 + c), _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
-  }
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_ps(tile + 32 * i);
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_ps(tile + 32 * i, rows[i]);
 }
 
 // Whether no lane is a NaN, an infinity or so near to one that it would round to it.

@@ -89,6 +89,31 @@ Ints shift_right(Ints x) {
 inline Mask equal(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
 inline Mask at_most_unsigned(Ints x, Ints limit) { return equal(_mm256_min_epu32(x, limit), x); }
 
+// rows[i][j] <-> rows[j][i].
+[[gnu::always_inline]] inline void transpose(Floats (&rows)[kLanes]) {
+  Floats pairs[kLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  // rows[i + c]: columns c and c + 4 of rows i to i + 3.
+#pragma GCC unroll 2
+  for (int i = 0; i < kLanes; i += 4) {
+#pragma GCC unroll 2
+    for (int c = 0; c < 2; ++c) {
+      rows[i + 2 * c] = _mm256_shuffle_ps(pairs[i + c], pairs[i + 2 + c], 0x44);
+      rows[i + 2 * c + 1] = _mm256_shuffle_ps(pairs[i + c], pairs[i + 2 + c], 0xee);
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const Floats low = rows[c], high = rows[4 + c];
+    rows[c] = _mm256_permute2f128_ps(low, high, 0x20);
+    rows[4 + c] = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+}
+
 // acc + Σ over the 4 bytes of each lane of (unsigned) bytes · (signed) factors. Of neighbouring factors, even and odd, the
 // sum of those of one sign is at most 128: a pair's sum of at most 255 · 128 = 32640 passes 16 bits and never saturates.
 inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {

@@ -92,6 +92,37 @@ Ints shift_right(Ints x) {
 inline Mask equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
 inline Mask at_most_unsigned(Ints x, Ints limit) { return _mm512_cmple_epu32_mask(x, limit); }
 
+// rows[i][j] <-> rows[j][i].
+[[gnu::always_inline]] inline void transpose(Floats (&rows)[kLanes]) {
+  Floats pairs[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  // rows[i + c]: columns c, c + 4, c + 8, c + 12 of rows i to i + 3.
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+#pragma GCC unroll 2
+    for (int c = 0; c < 2; ++c) {
+      const __m512d low = _mm512_castps_pd(pairs[i + c]), high = _mm512_castps_pd(pairs[i + 2 + c]);
+      rows[i + 2 * c] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      rows[i + 2 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const Floats low_even = _mm512_shuffle_f32x4(rows[c], rows[4 + c], 0x88);
+    const Floats low_odd = _mm512_shuffle_f32x4(rows[c], rows[4 + c], 0xdd);
+    const Floats high_even = _mm512_shuffle_f32x4(rows[8 + c], rows[12 + c], 0x88);
+    const Floats high_odd = _mm512_shuffle_f32x4(rows[8 + c], rows[12 + c], 0xdd);
+    rows[c] = _mm512_shuffle_f32x4(low_even, high_even, 0x88);
+    rows[4 + c] = _mm512_shuffle_f32x4(low_odd, high_odd, 0x88);
+    rows[8 + c] = _mm512_shuffle_f32x4(low_even, high_even, 0xdd);
+    rows[12 + c] = _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd);
+  }
+}
+
 // acc + Σ over the 4 bytes of each lane of (unsigned) bytes · (signed) factors. Of neighbouring factors, even and odd, the
 // sum of those of one sign is at most 128: without VNNI a pair's sum of at most 255 · 128 = 32640 passes 16 bits.
 inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {

@@ -93,6 +93,17 @@ Ints shift_right(Ints x) {
 inline Mask equal(Ints a, Ints b) { return a == b; }
 inline Mask at_most_unsigned(Ints x, Ints limit) { return Words(x) <= Words(limit); }
 
+// rows[i][j] <-> rows[j][i].
+inline void transpose(Floats (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float upper = rows[j][i];
+      rows[j][i] = rows[i][j];
+      rows[i][j] = upper;
+    }
+  }
+}
+
 // acc + Σ over the 4 bytes of each lane of (unsigned) bytes · (signed) factors.
 inline Ints dot_bytes(Ints acc, Ints bytes, Ints factors) {
   for (int byte = 0; byte < 4; ++byte) {
