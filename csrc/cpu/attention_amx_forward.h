@@ -332,9 +332,14 @@ bool forward_on_tiles(const AttentionCall& call, const ForwardTensors<T>& tensor
   return true;
 }
 
+// float32 in shorter sequences is left to vectors: cutting and packing then cost what six products gain.
+constexpr int64_t kLeastSplitRows = 512;
+
 template <class T>
 void attention_forward_on_tiles(
     const AttentionCall& call, const ForwardTensors<T>& tensors, RowRange queries, float* scratch) {
+  const bool short_floats = std::is_same_v<T, float> && call.rows(queries.sequence) < kLeastSplitRows;
+  if (short_floats) return attention_forward(call, tensors, queries, scratch);
   const TileSession session;
   if (!forward_on_tiles(call, tensors, queries, scratch)) attention_forward(call, tensors, queries, scratch);
 }
