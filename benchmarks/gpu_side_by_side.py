@@ -31,14 +31,14 @@ from torch import Tensor
 from triton.runtime import autotuner, driver
 from triton.runtime.jit import JITFunction
 
-from m3kernels import _tiles
+from m3kernels import _tiles, machine_code
 from m3kernels.attention import triton_kernels as attention
 from m3kernels.compiled_facts import CompiledFacts, triton_facts
 from m3kernels.maxsim import triton_kernels as maxsim
 from tests.triton.named_device import MULTIPROCESSORS, SHARED_BYTES, NamedDevice
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (80, 90, 100)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Line:
 
     @staticmethod
     def of(case: str, package: str, kernel: str, facts: CompiledFacts, configurations: int) -> Line:
-        instructions, read = facts.loop_instructions, facts.loop_load_bytes
+        instructions, read, flops = facts.loop_instructions, facts.loop_load_bytes, loop_flops(facts)
         return Line(
             case,
             package,
@@ -76,8 +76,8 @@ class Line:
             facts.blocks_per_multiprocessor,
             facts.occupancy,
             instructions,
-            facts.loop_tensor_flops / instructions if instructions else 0.0,
-            facts.loop_tensor_flops / read if read else math.inf,
+            flops / instructions if instructions else 0.0,
+            flops / read if read else math.inf,
         )
 
 
@@ -100,10 +100,9 @@ def compiled_launches(architecture: int) -> Iterator[dict[str, list[CompiledFact
         """In place of a time: instructions for each FLOP; a configuration that does not compile is out."""
         name = self.base_fn.__name__
         try:
-            options = {**meta, **config.all_kwargs()}
-            self.fn.run(*arguments, grid=(1,), warmup=True, **options)
+            self.fn.run(*arguments, **{**meta, **config.all_kwargs(), "grid": (1,), "warmup": True})
         except Exception as error:
-            warnings.warn(f"{name}, {config}: {type(error).__name__}", stacklevel=1)
+            warnings.warn(f"{name}, {config}: {type(error).__name__}: {error}", stacklevel=1)
             return [math.inf] * 3
         return [cost(found[name][-1])] * 3
 
@@ -124,17 +123,23 @@ def compiled_launches(architecture: int) -> Iterator[dict[str, list[CompiledFact
 
 class _Properties:
     def __init__(self, architecture: int) -> None:
-        self.name = {80: "NVIDIA A100", 90: "NVIDIA H100"}[architecture]
+        self.name = {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200"}[architecture]
         self.major, self.minor = divmod(architecture, 10)
         self.multi_processor_count = MULTIPROCESSORS[architecture]
         self.shared_memory_per_block_optin = SHARED_BYTES[architecture]
 
 
+def loop_flops(facts: CompiledFacts) -> int:
+    """FLOPs of the main loop for each warp: products on tensor cores, or else multiply-adds of its 32 lanes."""
+    return facts.loop_tensor_flops or 64 * facts.loop_counts[machine_code.FMA]
+
+
 def cost(facts: CompiledFacts) -> float:
     """Instructions for each FLOP; infinite where registers spill or a block does not fit."""
-    if facts.spilled or not facts.blocks_per_multiprocessor or not facts.loop_tensor_flops:
+    flops = loop_flops(facts)
+    if facts.spilled or not facts.blocks_per_multiprocessor or not flops:
         return math.inf
-    return facts.loop_instructions / facts.loop_tensor_flops
+    return facts.loop_instructions / flops
 
 
 def attention_inputs(width: int) -> tuple[list[Tensor], Tensor]:
@@ -225,7 +230,7 @@ CASES: dict[str, tuple[int, dict[str, Launch]]] = {
             "fasterkernels": fasterkernels,
         },
     )
-    for width in (64, 128)
+    for width in (32, 64, 128)
 } | {
     f"late interaction, width {width}, 16 bits": (
         width,
@@ -250,7 +255,7 @@ def lines() -> Iterator[Line]:
                         print(f"{case}, {package}, sm_{architecture}: {type(error).__name__}: {error}", file=sys.stderr)
                 for kernel, facts in found.items():
                     best = min(facts, key=lambda one: (cost(one), one.stack_bytes))
-                    if best.products:
+                    if loop_flops(best):
                         yield Line.of(case, package, kernel, best, len(facts))
 
 

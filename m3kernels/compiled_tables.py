@@ -175,7 +175,8 @@ def library_entries(architectures: Iterable[int] = ARCHITECTURES) -> dict[str, C
 
 
 def problems(facts: CompiledFacts, dtype: str) -> list[str]:
-    """What a kernel that ships must not do: spill, exceed shared memory, multiply off the tensor cores.
+    """What a kernel that ships must not do: spill, exceed shared memory, multiply off the tensor cores, wait for every
+    single wgmma product.
 
     float32 without allow_tf32 multiplies in IEEE float32, which no tensor core does: dtype "fp32" is excepted.
     """
@@ -186,6 +187,8 @@ def problems(facts: CompiledFacts, dtype: str) -> list[str]:
         found.append(f"does not fit: {facts.registers} registers, {facts.shared_bytes} bytes of shared memory")
     if dtype != "fp32" and facts.products and (facts.fma_products or not facts.tensor_instructions):
         found.append("a product runs off the tensor cores")
+    if facts.serialized_products:
+        found.append(f"wgmma products wait for each other: {facts.serialized_products} groups more than in the source")
     return found
 
 

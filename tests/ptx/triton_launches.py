@@ -1,4 +1,4 @@
-"""Runs Triton launches on CPU tensors: Triton's own binder and compiler make sm_80 PTX, the simulator executes it.
+"""Runs Triton launches on CPU tensors: Triton's own binder and compiler make PTX, the simulator executes it.
 
     with simulated_triton() as launches:
         out, log_sum_exp = attention.forward(q, k, v, offsets, options, tiles)   # the product's own host code
@@ -52,13 +52,16 @@ def _without_machine_code(*stages: Any) -> Any:
 
 @contextmanager
 def simulated_triton(
-    programs: Programs | None = None, change: Callable[[str], str] | None = None
+    programs: Programs | None = None,
+    change: Callable[[str], str] | None = None,
+    architecture: int = ARCHITECTURE,
 ) -> Iterator[list[Launch]]:
     """Simulate every Triton launch within; yields the list of launches, which grows.
 
     Args:
         programs: which blocks to run, default all.
         change: alters the compiled PTX before it runs, to see whether that is noticed.
+        architecture: whose PTX, 80 or 90.
     """
     launches: list[Launch] = []
     loaded: dict[str, Program] = {}
@@ -86,7 +89,7 @@ def simulated_triton(
         launches.append(Launch(self.__name__, whole, 32 * kernel.metadata.num_warps, counters))
         return kernel
 
-    JITFunction.run, driver._active = run, NamedDevice(ARCHITECTURE)
+    JITFunction.run, driver._active = run, NamedDevice(architecture)
     knobs.runtime.add_stages_inspection_hook = _without_machine_code
     os.environ["TRITON_CACHE_DIR"] = str(ROOT / ".cache" / "ptx" / "triton")
     try:
