@@ -20,6 +20,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -122,7 +123,7 @@ def compile_entries(
     """Facts by the entries, out of the cache or compiled by as many processes as there are cores.
 
     Args:
-        cache: folder; None compiles everything anew and keeps nothing.
+        cache: folder; None keeps nothing, but Triton's own cache is used (see `triton_cache`).
         advance: told how many more entries are done.
     """
     chosen = list(chosen)
@@ -144,6 +145,21 @@ def compile_entries(
                     _write(_cached(cache, entry), json.dumps(asdict(found[entry])))
                 advance(1)
     return {entry: found[entry] for entry in chosen}
+
+
+@contextmanager
+def triton_cache(folder: Path | None) -> Iterator[None]:
+    """What is compiled within, by this process or those it starts, Triton keeps in `folder`; None: only meanwhile."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["TRITON_CACHE_DIR"] = str(folder or temporary)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["TRITON_CACHE_DIR"]
+            else:
+                os.environ["TRITON_CACHE_DIR"] = before
 
 
 def cache_folder() -> Path:
