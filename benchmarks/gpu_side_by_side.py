@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.runtime import autotuner, driver
 from triton.runtime.jit import JITFunction
 
-from m3kernels import _tiles, machine_code
+from m3kernels import _tiles
 from m3kernels.attention import triton_kernels as attention
 from m3kernels.compiled_facts import CompiledFacts, triton_facts
 from m3kernels.maxsim import triton_kernels as maxsim
@@ -131,7 +131,7 @@ class _Properties:
 
 def loop_flops(facts: CompiledFacts) -> int:
     """FLOPs of the main loop for each warp: products on tensor cores, or else multiply-adds of its 32 lanes."""
-    return facts.loop_tensor_flops or 64 * facts.loop_counts[machine_code.FMA]
+    return facts.loop_tensor_flops or facts.loop_fma_flops
 
 
 def cost(facts: CompiledFacts) -> float:

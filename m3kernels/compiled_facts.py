@@ -77,11 +77,12 @@ class CompiledFacts:
     loop_instructions: int
     loop_counts: dict[str, int]
     loop_tensor_flops: int
+    loop_fma_flops: int
     loop_load_bytes: int
     products: int
     fma_products: int
-    serialized_products: int = 0
-    tensor_columns: int = 0
+    serialized_products: int
+    tensor_columns: int
 
     @property
     def spilled(self) -> bool:
@@ -190,6 +191,8 @@ def library_facts(
                 num_warps=_bound(function) // 32,
                 products=0,
                 fma_products=0,
+                serialized_products=0,
+                tensor_columns=0,
             )
             for function in held[executed]
         }
@@ -237,8 +240,8 @@ def _facts(
     num_warps: int,
     products: int,
     fma_products: int,
-    serialized_products: int = 0,
-    tensor_columns: int = 0,
+    serialized_products: int,
+    tensor_columns: int,
 ) -> CompiledFacts:
     return CompiledFacts(
         architecture=architecture,
@@ -251,6 +254,7 @@ def _facts(
         loop_instructions=len(function.main_loop),
         loop_counts=machine_code.count(function.main_loop),
         loop_tensor_flops=machine_code.tensor_flops(function.main_loop, num_warps),
+        loop_fma_flops=machine_code.fma_flops(function.main_loop),
         loop_load_bytes=machine_code.load_bytes(function.main_loop),
         products=products,
         fma_products=fma_products,

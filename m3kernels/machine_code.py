@@ -31,6 +31,7 @@ __all__ = [
     "Function",
     "count",
     "demangled",
+    "fma_flops",
     "functions",
     "library_functions",
     "load_bytes",
@@ -125,6 +126,11 @@ def tensor_flops(code: Sequence[str], num_warps: int) -> int:
             m, n, k = _HMMA_SHAPE[instruction.split(".")[1]]
             flops += 2 * m * n * k
     return flops
+
+
+def fma_flops(code: Sequence[str]) -> int:
+    """FLOPs for each warp of the float32 multiply-adds in `code`; FFMA2 does two in each lane."""
+    return sum(128 if one.startswith("FFMA2") else 64 for one in code if _PATTERNS[FMA].match(one))
 
 
 def load_bytes(code: Sequence[str]) -> int:

@@ -104,15 +104,15 @@ def ratios(entry: Entry, facts: CompiledFacts) -> tuple[str, str]:
 def loop_flops(entry: Entry, facts: CompiledFacts) -> float:
     """Useful FLOPs of one turn of the compiled main loop for each warp.
 
-    That is one turn of the source's loop, or as many as the products say where the compiler unrolled it (multiply-adds
-    are 64 FLOPs). Products that warps repeat in tiles too small for them are not useful.
+    That is one turn of the source's loop, or as many as the products say where the compiler unrolled it. Products that
+    warps repeat in tiles too small for them are not useful.
     """
     turn = entry.block_flops / facts.num_warps
     if not turn:
         return 0.0
     if facts.loop_tensor_flops:
         return turn * max(1, int(facts.loop_tensor_flops / turn))
-    return turn * max(1, int(64 * facts.loop_counts["ffma"] / turn))
+    return turn * max(1, int(facts.loop_fma_flops / turn))
 
 
 def tile_text(tile: Sequence[int]) -> str:
