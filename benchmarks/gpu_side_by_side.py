@@ -9,7 +9,8 @@ late-interaction-kernels, flash-attention-triton, flash-linear-attention, fla-co
 Every kernel is compiled by the launch that its own Python code makes: a driver that only names an architecture stands
 in for CUDA's, tensors lie on the CPU, and a launch binds, specialises and compiles instead of running. Where a peer
 tunes at run time, all configurations that it would try are compiled and its best one by FLOPs for each instruction is
-shown, of those that do not spill: more than its tuner may find.
+shown, of those that do not spill: more than its tuner may find. Packages choose what to try when they are imported, and
+keep what they found: every architecture has a process of its own, and the tuners' kept results are not used.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +88,7 @@ class Line:
 def compiled_launches(architecture: int) -> Iterator[dict[str, list[CompiledFacts]]]:
     """Facts of every kernel that is launched inside, by name: one, or one for each configuration of its tuner."""
     found: dict[str, list[CompiledFacts]] = {}
-    run, bench = JITFunction.run, autotuner.Autotuner._bench
+    run, bench, kept = JITFunction.run, autotuner.Autotuner._bench, autotuner.Autotuner.check_disk_cache
     saved = {
         name: getattr(torch.cuda, name) for name in ("get_device_capability", "get_device_properties", "is_available")
     }
@@ -106,7 +109,12 @@ def compiled_launches(architecture: int) -> Iterator[dict[str, list[CompiledFact
             return [math.inf] * 3
         return [cost(found[name][-1])] * 3
 
+    def tune(self: Any, key: Any, configs: Any, bench_all: Callable[[], None]) -> bool:
+        bench_all()
+        return False
+
     JITFunction.run, autotuner.Autotuner._bench = compile_only, static_cost
+    autotuner.Autotuner.check_disk_cache = tune
     driver._active = NamedDevice(architecture)
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda device=None: divmod(architecture, 10)
@@ -116,6 +124,7 @@ def compiled_launches(architecture: int) -> Iterator[dict[str, list[CompiledFact
         yield found
     finally:
         JITFunction.run, autotuner.Autotuner._bench, driver._active = run, bench, active
+        autotuner.Autotuner.check_disk_cache = kept
         torch.Tensor.is_cuda = is_cuda
         for name, function in saved.items():
             setattr(torch.cuda, name, function)
@@ -244,19 +253,28 @@ CASES: dict[str, tuple[int, dict[str, Launch]]] = {
 }
 
 
-def lines() -> Iterator[Line]:
+def lines(architecture: int) -> list[Line]:
+    """All cases on one architecture, in a process that has compiled for no other."""
+    made = []
     for case, (width, packages) in CASES.items():
-        for architecture in ARCHITECTURES:
-            for package, launch in packages.items():
-                with compiled_launches(architecture) as found:
-                    try:
-                        launch(architecture, width)
-                    except Exception as error:
-                        print(f"{case}, {package}, sm_{architecture}: {type(error).__name__}: {error}", file=sys.stderr)
-                for kernel, facts in found.items():
-                    best = min(facts, key=lambda one: (cost(one), one.stack_bytes))
-                    if loop_flops(best):
-                        yield Line.of(case, package, kernel, best, len(facts))
+        for package, launch in packages.items():
+            with compiled_launches(architecture) as found:
+                try:
+                    launch(architecture, width)
+                except Exception as error:
+                    print(f"{case}, {package}, sm_{architecture}: {type(error).__name__}: {error}", file=sys.stderr)
+            for kernel, facts in found.items():
+                best = min(facts, key=lambda one: (cost(one), one.stack_bytes))
+                if loop_flops(best):
+                    made.append(Line.of(case, package, kernel, best, len(facts)))
+    return made
+
+
+def all_lines() -> list[Line]:
+    """By case, then architecture."""
+    with ProcessPoolExecutor(len(ARCHITECTURES), get_context("spawn"), max_tasks_per_child=1) as pool:
+        made = [line for lines_of_one in pool.map(lines, ARCHITECTURES) for line in lines_of_one]
+    return sorted(made, key=lambda line: (list(CASES).index(line.case), line.architecture))
 
 
 PACKAGES = (
@@ -327,7 +345,7 @@ def markdown(found: list[Line]) -> str:
 
 
 def main() -> None:
-    found = list(lines())
+    found = all_lines()
     rows = ",\n".join(f"  {json.dumps(asdict(line))}" for line in found)
     (ROOT / "benchmarks" / "results" / "gpu_side_by_side.json").write_text(f"[\n{rows}\n]\n")
     (ROOT / "docs" / "gpu_side_by_side.md").write_text(markdown(found))

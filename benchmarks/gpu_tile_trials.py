@@ -3,10 +3,9 @@
     python -m benchmarks.gpu_tile_trials       writes docs/gpu_tile_trials.md and its JSON in benchmarks/results
 
 For each kernel of benchmarks/results/gpu_side_by_side.json that is behind a public one in a figure, a grid of tiles is
-compiled. Three figures count, each better when higher: tensor-core FLOPs of the main loop for each instruction and for
-each byte loaded, and occupancy.
-Tiles that spill, exceed the card's shared memory or repeat products in several warps are out. Of the others the
-undominated ones are listed, with what the best public kernel reaches in each figure.
+compiled. Three figures count, each better when higher: FLOPs of the main loop for each instruction and for each byte
+loaded, and occupancy. Tiles that spill, exceed the card's shared memory, repeat products in several warps or wait for
+every product are out. Of the others the undominated ones are listed, with what the public kernels reach.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing import Any
 import triton
 from tqdm import tqdm
 
+from benchmarks.gpu_side_by_side import loop_flops
 from m3kernels import compiled_tables
 from m3kernels.compiled_facts import CompiledFacts
 from m3kernels.compiled_tables import Entry
@@ -39,7 +39,12 @@ GRIDS: dict[tuple[str, str], list[Tile]] = {
     ("attention", "forward"): list(itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3))),
     ("attention", "backward_q"): list(itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2,))),
     ("attention", "backward_kv"): list(itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2,))),
-    ("maxsim", "forward"): list(itertools.product((64, 128), (64, 128), (32, 64), (4, 8), (2, 3))),
+    ("maxsim", "forward"): list(itertools.product((64, 128), (64, 128), (32, 64, 128), (4, 8), (2, 3))),
+    ("maxsim", "backward_q"): [
+        (rows, columns, warps, 2)
+        for rows, columns, warps in itertools.product((4, 8, 16, 32), (256, 512, 1024), (1, 2, 4, 8))
+        if 16 <= rows * columns // (32 * warps) <= 64
+    ],
     ("maxsim", "backward_p"): list(itertools.product((32, 64, 128), (64, 128), (32, 64), (4, 8), (2,))),
 }
 """(op, kernel) → tiles to compile, in the form of tiles.json."""
@@ -73,13 +78,14 @@ WHY = {
 """Start of an entry's name → why the tile that ships was kept where another one, or a peer, is ahead in a figure."""
 
 PEER_KERNELS = {
-    "forward": ("_forward_kernel", "parallel_attn_fwd_kernel", "_flash_attn_fwd_kernel", "_maxsim_fwd_kernel",
-                "_maxsim_fwd_kernel_splitd"),
-    "backward_q": ("_create_backward_kernel", "parallel_attn_bwd_kernel_dq"),
-    "backward_kv": ("_create_backward_kernel", "parallel_attn_bwd_kernel_dkv"),
-    "backward_p": ("_bwd_dD_owned_kernel",),
-}  # fmt: skip
-"""Our kernel → the public ones that compute the same (or, in one pass, all gradients of attention)."""
+    ("attention", "forward"): ("_forward_kernel", "parallel_attn_fwd_kernel", "_flash_attn_fwd_kernel"),
+    ("attention", "backward_q"): ("_create_backward_kernel", "parallel_attn_bwd_kernel_dq"),
+    ("attention", "backward_kv"): ("_create_backward_kernel", "parallel_attn_bwd_kernel_dkv"),
+    ("maxsim", "forward"): ("_maxsim_fwd_kernel", "_maxsim_fwd_kernel_splitd"),
+    ("maxsim", "backward_q"): ("_bwd_dQ_kernel", "_bwd_unified_kernel", "_maxsim_bwd_unified_kernel"),
+    ("maxsim", "backward_p"): ("_bwd_dD_owned_kernel",),
+}
+"""Our kernel → the public ones that compute the same, or in one pass all gradients of it."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Trial:
     repeated: int
     shipped: Figures
     peers: dict[str, tuple[int, Figures]]
-    """package → bytes spilled, figures"""
+    """Package and kernel → bytes spilled, figures."""
     front: dict[str, Figures]
     """Undominated tiles of those that are neither spilled, unfit nor repeated."""
 
@@ -107,7 +113,7 @@ class Trial:
 
 def figures(facts: CompiledFacts) -> Figures:
     """FLOP/instr., FLOP/B and occupancy of compiled code."""
-    flops = facts.loop_tensor_flops
+    flops = loop_flops(facts)
     return flops / facts.loop_instructions, flops / facts.loop_load_bytes, facts.occupancy
 
 
@@ -121,24 +127,24 @@ def cases() -> Iterator[tuple[str, Entry, dict[str, tuple[int, Figures]]]]:
     lines = json.loads(SIDE_BY_SIDE.read_text())
     shipped = {entry.name: entry for entry in compiled_tables.entries()}
     for line in lines:
+        op = "maxsim" if line["case"].startswith("late") else "attention"
         kernel = line["kernel"].removesuffix("_kernel")
-        if line["package"] != "m3kernels" or kernel not in PEER_KERNELS:
+        if line["package"] != "m3kernels" or (op, kernel) not in PEER_KERNELS:
             continue
         peers = {
-            other["package"]: (other["spilled_bytes"], _recorded(other))
+            f"{other['package']} `{other['kernel']}`": (other["spilled_bytes"], _recorded(other))
             for other in lines
             if (other["case"], other["architecture"]) == (line["case"], line["architecture"])
-            and other["kernel"] in PEER_KERNELS[kernel]
+            and other["kernel"] in PEER_KERNELS[op, kernel]
             and other["package"] != "m3kernels"
         }
         own = _recorded(line)
         if not any(theirs > ours for _, figures in peers.values() for theirs, ours in zip(figures, own, strict=True)):
             continue
-        op, column, options = ("attention", line["case"].split()[3].rstrip(","), "plain")
-        if line["case"].startswith("late"):
-            # The table's width is query rows for the forward and E for the gradients, at any E the same code.
-            op, column, options = "maxsim", *(("128", "save") if kernel == "forward" else ("1024", "plain"))
-        yield line["case"], shipped[f"{op}/sm_{line['architecture']}/{kernel}/bf16/{column}/{options}"], peers
+        # MaxSim's table counts query rows for the forward and E for the gradients, with the same code at any E.
+        column = {"attention": line["case"].split()[3].rstrip(","), "maxsim": "128" if kernel == "forward" else "1024"}
+        options = "save" if (op, kernel) == ("maxsim", "forward") else "plain"
+        yield line["case"], shipped[f"{op}/sm_{line['architecture']}/{kernel}/bf16/{column[op]}/{options}"], peers
 
 
 def _recorded(line: dict[str, Any]) -> Figures:
@@ -159,13 +165,9 @@ def _trial(
     case: str, entry: Entry, grid: dict[Entry, CompiledFacts], shipped: CompiledFacts, peers: dict[str, Any]
 ) -> Trial:
     spilled = [one for one, facts in grid.items() if facts.spilled]
-    unfit = [
-        one
-        for one, facts in grid.items()
-        if one not in spilled and (not facts.fits or not facts.blocks_per_multiprocessor or not facts.loop_tensor_flops)
-    ]
+    unfit = [one for one, facts in grid.items() if one not in spilled and not _usable(facts)]
     left = {one: facts for one, facts in grid.items() if one not in spilled and one not in unfit}
-    repeated = [one for one, facts in left.items() if facts.loop_tensor_flops * facts.num_warps > one.block_flops]
+    repeated = [one for one, facts in left.items() if facts.loop_tensor_flops * facts.num_warps > one.block_flops > 0]
     good = {tile_text(one.tile): figures(facts) for one, facts in left.items() if one not in repeated}
     front = {tile: own for tile, own in good.items() if not any(dominated(own, other) for other in good.values())}
     return Trial(
@@ -202,8 +204,8 @@ def markdown(found: list[Trial]) -> str:
         lines += [
             f"## {trial.case}: {entry.kernel}, sm_{entry.architecture}",
             "",
-            f"{trial.compiled} tiles: {trial.spilled} spill, {trial.unfit} do not fit or compile to no tensor-core "
-            f"loop, {trial.repeated} repeat products.",
+            f"{trial.compiled} tiles: {trial.spilled} spill, {trial.unfit} do not fit, compile to no tensor-core loop "
+            f"or wait for every product, {trial.repeated} repeat products.",
             "",
             "| | " + " | ".join(FIGURES) + " |",
             "| --- | --- | --- | --- |",
@@ -219,6 +221,12 @@ def markdown(found: list[Trial]) -> str:
         why = WHY.get(entry.name.rpartition("/")[0])
         lines += ["", f"{verdict} {why}" if why else verdict, ""]
     return "\n".join(lines)
+
+
+def _usable(facts: CompiledFacts) -> bool:
+    """Whether a block fits, multiplies on tensor cores and leaves its products in flight."""
+    fits = facts.fits and facts.blocks_per_multiprocessor > 0
+    return fits and (facts.loop_tensor_flops > 0 or not facts.products) and not facts.serialized_products
 
 
 def _row(name: str, own: Figures) -> str:
