@@ -1,6 +1,9 @@
 """Other tiles for the kernels that stand beside public ones: could any be ahead of them in everything? No GPU.
 
-    python -m benchmarks.gpu_tile_trials       writes docs/gpu_tile_trials.md and its JSON in benchmarks/results
+    python -m benchmarks.gpu_tile_trials [--anew]
+
+writes docs/gpu_tile_trials.md and its JSON in benchmarks/results. Trials recorded there are kept, beside the present
+figures of the public kernels, where kernel, tile, grid and Triton's version are as they were (--anew: none).
 
 For each kernel of benchmarks/results/gpu_side_by_side.json that is behind a public one in a figure, a grid of tiles is
 compiled. Three figures count, each better when higher: FLOPs of the main loop for each instruction and for each byte
@@ -10,6 +13,7 @@ every product are out. Of the others the undominated ones are listed, with what 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from collections.abc import Iterator
@@ -151,14 +155,31 @@ def _recorded(line: dict[str, Any]) -> Figures:
     return line["flops_per_instruction"], line["flops_per_byte"], line["occupancy"]
 
 
-def trials() -> list[Trial]:
-    """All cases, compiled by as many processes as there are cores, or taken out of the cache of compiled facts."""
+def trials(anew: bool) -> list[Trial]:
+    """All cases: recorded, compiled by as many processes as there are cores, or out of the cache of compiled facts."""
     chosen = list(cases())
-    grid = {entry: [replace(entry, tile=tile) for tile in GRIDS[entry.op, entry.kernel]] for _, entry, _ in chosen}
+    recorded = {} if anew else {(one["case"], one["hash"]): one for one in json.loads(RECORD.read_text())}
+
+    def kept(case: str, entry: Entry) -> dict[str, Any] | None:
+        found = recorded.get((case, entry.hash))
+        return found if found and found["compiled"] == len(GRIDS[entry.op, entry.kernel]) else None
+
+    grid = {
+        entry: [replace(entry, tile=tile) for tile in GRIDS[entry.op, entry.kernel]]
+        for case, entry, _ in chosen
+        if not kept(case, entry)
+    }
     wanted = dict.fromkeys((*grid, *itertools.chain.from_iterable(grid.values())))
     with tqdm(total=len(wanted), unit="kernel") as bar:
         facts = compiled_tables.compile_entries(wanted, compiled_tables.cache_folder(), bar.update)
-    return [_trial(case, entry, {one: facts[one] for one in grid[entry]}, facts[entry], p) for case, entry, p in chosen]
+    found = []
+    for case, entry, peers in chosen:
+        if line := kept(case, entry):
+            line = {key: value for key, value in line.items() if key != "hash"}
+            found.append(Trial(**{**line, "entry": entry, "peers": peers}))
+        else:
+            found.append(_trial(case, entry, {one: facts[one] for one in grid[entry]}, facts[entry], peers))
+    return found
 
 
 def _trial(
@@ -235,8 +256,12 @@ def _row(name: str, own: Figures) -> str:
 
 def main() -> None:
     """Write the document and its JSON."""
-    found = trials()
-    rows = ",\n".join(f"  {json.dumps({**asdict(trial), 'entry': trial.entry.name})}" for trial in found)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--anew", action="store_true", help="keep no recorded trial")
+    found = trials(parser.parse_args().anew)
+    rows = ",\n".join(
+        f"  {json.dumps({**asdict(trial), 'entry': trial.entry.name, 'hash': trial.entry.hash})}" for trial in found
+    )
     RECORD.write_text(f"[\n{rows}\n]\n")
     DOCUMENT.write_text(markdown(found))
 
