@@ -24,10 +24,11 @@ from typing import Any
 import triton
 from tqdm import tqdm
 
-from benchmarks.gpu_side_by_side import loop_flops
-from m3kernels import compiled_tables
+from benchmarks.gpu_side_by_side import PEER_KERNELS, loop_flops, op_of
+from m3kernels import _tiles, compiled_tables
 from m3kernels.compiled_facts import CompiledFacts
 from m3kernels.compiled_tables import Entry
+from m3kernels.maxsim.triton_kernels import MOST_QUERY_ROWS
 from m3kernels.static_report import tile_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +47,7 @@ GRIDS: dict[tuple[str, str], list[Tile]] = {
     ("maxsim", "forward"): list(itertools.product((64, 128), (64, 128), (32, 64, 128), (4, 8), (2, 3))),
     ("maxsim", "backward_q"): [
         (rows, columns, warps, 2)
-        for rows, columns, warps in itertools.product((4, 8, 16, 32), (256, 512, 1024), (1, 2, 4, 8))
+        for rows, columns, warps in itertools.product((1, 2, 4, 8, 16), (256, 512, 1024), (1, 2, 4))
         if 16 <= rows * columns // (32 * warps) <= 64
     ],
     ("maxsim", "backward_p"): list(itertools.product((32, 64, 128), (64, 128), (32, 64), (4, 8), (2,))),
@@ -80,16 +81,6 @@ WHY = {
     "maxsim/sm_90/backward_p/bf16/1024": f"{_TF32} 128 passage rows would idle on shorter passages.",
 }
 """Start of an entry's name → why the tile that ships was kept where another one, or a peer, is ahead in a figure."""
-
-PEER_KERNELS = {
-    ("attention", "forward"): ("_forward_kernel", "parallel_attn_fwd_kernel", "_flash_attn_fwd_kernel"),
-    ("attention", "backward_q"): ("_create_backward_kernel", "parallel_attn_bwd_kernel_dq"),
-    ("attention", "backward_kv"): ("_create_backward_kernel", "parallel_attn_bwd_kernel_dkv"),
-    ("maxsim", "forward"): ("_maxsim_fwd_kernel", "_maxsim_fwd_kernel_splitd"),
-    ("maxsim", "backward_q"): ("_bwd_dQ_kernel", "_bwd_unified_kernel", "_maxsim_bwd_unified_kernel"),
-    ("maxsim", "backward_p"): ("_bwd_dD_owned_kernel",),
-}
-"""Our kernel → the public ones that compute the same, or in one pass all gradients of it."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +122,7 @@ def cases() -> Iterator[tuple[str, Entry, dict[str, tuple[int, Figures]]]]:
     lines = json.loads(SIDE_BY_SIDE.read_text())
     shipped = {entry.name: entry for entry in compiled_tables.entries()}
     for line in lines:
-        op = "maxsim" if line["case"].startswith("late") else "attention"
+        op = op_of(line["case"])
         kernel = line["kernel"].removesuffix("_kernel")
         if line["package"] != "m3kernels" or (op, kernel) not in PEER_KERNELS:
             continue
@@ -145,10 +136,13 @@ def cases() -> Iterator[tuple[str, Entry, dict[str, tuple[int, Figures]]]]:
         own = _recorded(line)
         if not any(theirs > ours for _, figures in peers.values() for theirs, ours in zip(figures, own, strict=True)):
             continue
-        # MaxSim's table counts query rows for the forward and E for the gradients, with the same code at any E.
-        column = {"attention": line["case"].split()[3].rstrip(","), "maxsim": "128" if kernel == "forward" else "1024"}
+        # MaxSim's table counts query rows for the forward.
+        words = line["case"].replace(",", "").split()
+        width = MOST_QUERY_ROWS if (op, kernel) == ("maxsim", "forward") else int(words[words.index("width") + 1])
+        tiles = _tiles.for_architecture(op, line["architecture"]).entries[kernel]["16bit"]
+        column = min(listed for listed in _tiles.widths(tiles) if listed >= width)
         options = "save" if (op, kernel) == ("maxsim", "forward") else "plain"
-        yield line["case"], shipped[f"{op}/sm_{line['architecture']}/{kernel}/bf16/{column[op]}/{options}"], peers
+        yield line["case"], shipped[f"{op}/sm_{line['architecture']}/{kernel}/bf16/{column}/{options}"], peers
 
 
 def _recorded(line: dict[str, Any]) -> Figures:

@@ -1,6 +1,6 @@
 """Every compiled GPU kernel executed on the CPU: errors at small ragged shapes, and counts at a working shape.
 
-    python -m benchmarks.ptx_counts          # all; for a part: --only counts | errors, --architecture 80 | 90
+    python -m benchmarks.ptx_counts          # all; for a part: --only counts | errors, --op OP, --architecture 80 | 90
 
 writes benchmarks/results/ptx_counts.json and docs/gpu_counts.md. The kernels are sm_80 PTX from Triton and nvcc, and
 sm_90 PTX from Triton, run by tests/ptx/simulator: instructions of warps, products, 32-byte sectors of global memory
@@ -13,6 +13,7 @@ These are counts, not times; the times in the table are lower bounds from publis
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -41,6 +42,8 @@ ARCHITECTURES = {ARCHITECTURE: ARITHMETICS, 90: ("bf16", "tf32")}
 SEQUENCES, LENGTH, HEADS, WIDTH = 32, 512, 16, 64
 QUERIES, QUERY_ROWS, PASSAGES, PASSAGE_ROWS, EMBEDDING = 32, 32, 256, 128, 1024
 VOCABULARY = 250_002
+OPS = ("attention", "maxsim", "cuda")
+"""Parts of the record; "cuda": sparse and packing."""
 QUERY_LENGTHS = {ARCHITECTURE: (5, 0, 40), 90: (5, 0, 150)}
 """Of the small ragged shapes: enough rows for several turns of every loop."""
 
@@ -219,49 +222,40 @@ def packing_counts(arithmetic: str) -> Iterator[Count]:
         yield count("packing", launch, arithmetic, f"16 texts of 100 and 500 rows, E = {EMBEDDING}", 1, 0, None)
 
 
-def all_counts(architecture: int) -> Iterator[Count]:
-    """Every kernel; 16-bit kernels of CUDA C++ in bfloat16, whose code is that of float16 but for conversions."""
-    for arithmetic in ARCHITECTURES[architecture]:
-        yield from attention_counts(arithmetic, architecture)
-    for arithmetic in ARCHITECTURES[architecture]:
-        yield from maxsim_counts(arithmetic, architecture)
-    if architecture == ARCHITECTURE:
+def counts_of(op: str, architecture: int) -> Iterator[Count]:
+    """Every kernel of an op ("cuda": those of CUDA C++, in bfloat16 for both 16-bit types: only conversions differ)."""
+    if op != "cuda":
+        make = {"attention": attention_counts, "maxsim": maxsim_counts}[op]
+        for arithmetic in ARCHITECTURES[architecture]:
+            yield from make(arithmetic, architecture)
+    elif architecture == ARCHITECTURE:
         for arithmetic in ("bf16", "fp32"):
             yield from sparse_counts(arithmetic)
             yield from packing_counts(arithmetic)
 
 
-def all_errors(architecture: int) -> Iterator[dict[str, Any]]:
+def errors_of(op: str, architecture: int) -> Iterator[dict[str, Any]]:
     """Errors of every kernel, dtype, width and option at a small ragged shape; an error beyond its bound raises."""
-    for arithmetic in ARITHMETICS:
-        for width in attention.HEAD_WIDTHS:
-            for options in cases.OPTIONS:
-                outcome = cases.run_attention(arithmetic, width, options, architecture=architecture)
-                outcome.check()
-                yield error_line("attention", architecture, arithmetic, f"head width {width}, {options}", outcome)
-        for width, mean, floor in ((8, True, False), (72, True, True), (64, False, False), (1024, False, True)):
-            outcome = cases.run_maxsim(
-                arithmetic, width, mean, floor, query_lengths=QUERY_LENGTHS[architecture], architecture=architecture
-            )
+    if op == "attention":
+        for arithmetic, width, options in itertools.product(ARITHMETICS, attention.HEAD_WIDTHS, cases.OPTIONS):
+            outcome = cases.run_attention(arithmetic, width, options, architecture=architecture)
+            outcome.check()
+            yield error_line(op, architecture, arithmetic, f"head width {width}, {options}", outcome)
+    elif op == "maxsim":
+        variants = ((8, True, False), (72, True, True), (64, False, False), (1024, False, True))
+        for arithmetic, (width, mean, floor) in itertools.product(ARITHMETICS, variants):
+            rows = QUERY_LENGTHS[architecture]
+            outcome = cases.run_maxsim(arithmetic, width, mean, floor, query_lengths=rows, architecture=architecture)
             outcome.check()
             options = f"E = {width}, {'mean' if mean else 'sum'}{', zero floor' if floor else ''}"
-            yield error_line("maxsim", architecture, arithmetic, options, outcome)
-    if architecture != ARCHITECTURE:
-        return
-    for name in ("fp32", "bf16", "fp16"):
-        for width in (1, 7, 40, 1024):
-            launches = cases.run_sparse(cases.DTYPES[name], width)
-            yield exact_line("sparse", name, f"E = {width}", launches)
-    for dtype, width in (
-        (torch.bool, 7),
-        (torch.bfloat16, 3),
-        (torch.bfloat16, 6),
-        (torch.bfloat16, 4),
-        (torch.float32, 40),
-    ):
-        yield exact_line(
-            "packing", str(dtype).removeprefix("torch."), f"width {width}", cases.run_packing(dtype, width)
-        )
+            yield error_line(op, architecture, arithmetic, options, outcome)
+    elif architecture == ARCHITECTURE:
+        for name, width in itertools.product(("fp32", "bf16", "fp16"), (1, 7, 40, 1024)):
+            yield exact_line("sparse", name, f"E = {width}", cases.run_sparse(cases.DTYPES[name], width))
+        moved = ((torch.bool, 7), *((torch.bfloat16, width) for width in (3, 6, 4)), (torch.float32, 40))
+        for dtype, width in moved:
+            name = str(dtype).removeprefix("torch.")
+            yield exact_line("packing", name, f"width {width}", cases.run_packing(dtype, width))
 
 
 def error_line(op: str, architecture: int, arithmetic: str, options: str, outcome: cases.Outcome) -> dict[str, Any]:
@@ -278,11 +272,11 @@ def exact_line(op: str, arithmetic: str, options: str, launches: list[Launch]) -
     return {**told, "kernels": kernels, "errors": {}, "bounds": {}}
 
 
-def origin(architecture: int) -> dict[str, Any]:
-    """What a part of the record depends on: hashes of Triton, sources and tiles, and the CUDA sources."""
-    entries = compiled_tables.entries(architectures=[architecture])
-    cuda = {"cuda": sources_digest()} if architecture == ARCHITECTURE else {}
-    return {**cuda, **{entry.name: entry.hash for entry in entries}}
+def origin(op: str, architecture: int) -> dict[str, str]:
+    """What a part of the record depends on: hashes of Triton, sources and tiles, or of the CUDA sources."""
+    if op == "cuda":
+        return {"cuda": sources_digest()} if architecture == ARCHITECTURE else {}
+    return {entry.name: entry.hash for entry in compiled_tables.entries([op], [architecture])}
 
 
 def read_counts() -> list[Count] | None:
@@ -290,8 +284,8 @@ def read_counts() -> list[Count] | None:
     if not RECORD.exists():
         return None
     record = json.loads(RECORD.read_text())
-    fresh = record["origin"]["counts"] == {str(architecture): origin(architecture) for architecture in ARCHITECTURES}
-    return [Count(**line) for line in record["counts"]] if fresh else None
+    present = {f"{op} {number}": origin(op, number) for op, number in itertools.product(OPS, ARCHITECTURES)}
+    return [Count(**line) for line in record["counts"]] if record["origin"]["counts"] == present else None
 
 
 def table(counts: list[Count], errors: list[dict[str, Any]]) -> str:
@@ -357,6 +351,7 @@ def table(counts: list[Count], errors: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=("counts", "errors"), help="make one part anew and keep the other")
+    parser.add_argument("--op", choices=OPS, help="only this op's part")
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, help="only this one's part")
     asked = parser.parse_args()
     torch.manual_seed(0)
@@ -364,17 +359,20 @@ def main() -> None:
     kept: dict[str, Any] = {"origin": {}, "counts": [], "errors": []}
     if RECORD.exists():
         kept = json.loads(RECORD.read_text())
-    makers: dict[str, Callable[[int], Iterator[Any]]] = {"counts": all_counts, "errors": all_errors}
+    makers: dict[str, Callable[[str, int], Iterator[Any]]] = {"counts": counts_of, "errors": errors_of}
     for part, make in makers.items():
-        lines = []
-        for architecture in ARCHITECTURES:
-            if asked.only not in (None, part) or asked.architecture not in (None, architecture):
-                lines += [line for line in kept[part] if line["architecture"] == architecture]
+        lines: list[dict[str, Any]] = []
+        for architecture, op in itertools.product(ARCHITECTURES, OPS):
+            chosen = (
+                asked.only in (None, part) and asked.op in (None, op) and asked.architecture in (None, architecture)
+            )
+            if not chosen:
+                lines += [one for one in kept[part] if (one["architecture"], part_of(one["op"])) == (architecture, op)]
                 continue
-            for item in make(architecture):
+            for item in make(op, architecture):
                 lines.append(asdict(item) if isinstance(item, Count) else item)
                 print(json.dumps(lines[-1]), flush=True)
-            kept["origin"].setdefault(part, {})[str(architecture)] = origin(architecture)
+            kept["origin"].setdefault(part, {})[f"{op} {architecture}"] = origin(op, architecture)
         kept[part] = lines
     blocks = [f'  "origin": {json.dumps(kept["origin"])}']
     for part in makers:
@@ -382,6 +380,11 @@ def main() -> None:
     RECORD.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(table([Count(**line) for line in kept["counts"]], kept["errors"]))
+
+
+def part_of(op: str) -> str:
+    """The part of the record that an op of a line belongs to."""
+    return op if op in OPS else "cuda"
 
 
 if __name__ == "__main__":
