@@ -359,7 +359,7 @@ def leads(group: list[Line]) -> list[str]:
 
 
 def backward_passes(group: list[Line]) -> list[str]:
-    """What the five products of attention's gradients need for one multiply-add of each, ours beside the single pass."""
+    """What the five products of attention's gradients need for one multiply-add of each: ours, and the single pass."""
     held = {(line.package, line.kernel): line for line in group}
     ours = [held.get(("m3kernels", name)) for name in ("backward_q_kernel", "backward_kv_kernel")]
     single = held.get(("flash-attention-triton", "_create_backward_kernel"))
