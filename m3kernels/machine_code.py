@@ -113,7 +113,8 @@ def count(code: Sequence[str]) -> dict[str, int]:
 
 
 def tensor_flops(code: Sequence[str], num_warps: int) -> int:
-    """FLOPs for each warp of the products on tensor cores in `code`, which a block of `num_warps` executes."""
+    """FLOPs for each warp of the products on tensor cores in `code`, which a block of `num_warps` executes; 0 where one
+    of them does not tell its shape."""
     flops = 0
     for instruction in code:
         if group := _HGMMA_SHAPE.match(instruction):
@@ -122,6 +123,8 @@ def tensor_flops(code: Sequence[str], num_warps: int) -> int:
         elif group := _UTCMMA_SHAPE.match(instruction):
             m, n, k = map(int, group.groups())
             flops += 2 * m * n * k // num_warps
+        elif _UTCMMA.match(instruction):
+            return 0
         elif instruction.startswith("HMMA."):
             m, n, k = _HMMA_SHAPE[instruction.split(".")[1]]
             flops += 2 * m * n * k
@@ -209,11 +212,11 @@ def _parse(body: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _tcgen05_shape(name: str, operands: str, uniform: dict[str, int]) -> str:
-    """MxNxK of a tcgen05 product, from the constant that its descriptor's register got last."""
+    """MxNxK of a tcgen05 product, from the constant that its descriptor's register got last; "unknown" without one."""
     register = re.search(r"idesc\[(UR\d+)\]", operands)
     descriptor = uniform.get(register[1]) if register else None
     if descriptor is None or not name.startswith("UTCHMMA"):
-        raise RuntimeError(f"the shape of {name}{operands} is not known")
+        return "unknown"
     return f"{(descriptor >> 24 & 31) * 16}x{(descriptor >> 17 & 63) * 8}x{_TCGEN05_DEPTH[descriptor >> 7 & 7]}"
 
 
