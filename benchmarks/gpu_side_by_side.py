@@ -9,7 +9,8 @@ late-interaction-kernels, flash-attention-triton, flash-linear-attention, fla-co
 Every kernel is compiled by the launch that its own Python code makes: a driver that only names an architecture stands
 in for CUDA's, tensors lie on the CPU, and a launch binds, specialises and compiles instead of running. Where a peer
 tunes at run time, all configurations that it would try are compiled and its best one by FLOPs for each instruction is
-shown, of those that do not spill: more than its tuner may find.
+shown, of those that do not spill: more than its tuner may find. Packages choose what to try when they are imported, and
+keep what they found: every architecture has a process of its own, and the tuners' kept results are not used.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ from m3kernels.maxsim import triton_kernels as maxsim
 from tests.triton.named_device import MULTIPROCESSORS, SHARED_BYTES, NamedDevice
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (80, 90, 100)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Line:
 
     @staticmethod
     def of(case: str, package: str, kernel: str, facts: CompiledFacts, configurations: int) -> Line:
-        instructions, read = facts.loop_instructions, facts.loop_load_bytes
+        instructions, read, flops = facts.loop_instructions, facts.loop_load_bytes, loop_flops(facts)
         return Line(
             case,
             package,
@@ -76,8 +79,8 @@ class Line:
             facts.blocks_per_multiprocessor,
             facts.occupancy,
             instructions,
-            facts.loop_tensor_flops / instructions if instructions else 0.0,
-            facts.loop_tensor_flops / read if read else math.inf,
+            flops / instructions if instructions else 0.0,
+            flops / read if read else math.inf,
         )
 
 
@@ -85,7 +88,7 @@ class Line:
 def compiled_launches(architecture: int) -> Iterator[dict[str, list[CompiledFacts]]]:
     """Facts of every kernel that is launched inside, by name: one, or one for each configuration of its tuner."""
     found: dict[str, list[CompiledFacts]] = {}
-    run, bench = JITFunction.run, autotuner.Autotuner._bench
+    run, bench, kept = JITFunction.run, autotuner.Autotuner._bench, autotuner.Autotuner.check_disk_cache
     saved = {
         name: getattr(torch.cuda, name) for name in ("get_device_capability", "get_device_properties", "is_available")
     }
@@ -100,14 +103,18 @@ def compiled_launches(architecture: int) -> Iterator[dict[str, list[CompiledFact
         """In place of a time: instructions for each FLOP; a configuration that does not compile is out."""
         name = self.base_fn.__name__
         try:
-            options = {**meta, **config.all_kwargs()}
-            self.fn.run(*arguments, grid=(1,), warmup=True, **options)
+            self.fn.run(*arguments, **{**meta, **config.all_kwargs(), "grid": (1,), "warmup": True})
         except Exception as error:
-            warnings.warn(f"{name}, {config}: {type(error).__name__}", stacklevel=1)
+            warnings.warn(f"{name}, {config}: {type(error).__name__}: {error}", stacklevel=1)
             return [math.inf] * 3
         return [cost(found[name][-1])] * 3
 
+    def tune(self: Any, key: Any, configs: Any, bench_all: Callable[[], None]) -> bool:
+        bench_all()
+        return False
+
     JITFunction.run, autotuner.Autotuner._bench = compile_only, static_cost
+    autotuner.Autotuner.check_disk_cache = tune
     driver._active = NamedDevice(architecture)
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda device=None: divmod(architecture, 10)
@@ -117,6 +124,7 @@ def compiled_launches(architecture: int) -> Iterator[dict[str, list[CompiledFact
         yield found
     finally:
         JITFunction.run, autotuner.Autotuner._bench, driver._active = run, bench, active
+        autotuner.Autotuner.check_disk_cache = kept
         torch.Tensor.is_cuda = is_cuda
         for name, function in saved.items():
             setattr(torch.cuda, name, function)
@@ -124,17 +132,23 @@ def compiled_launches(architecture: int) -> Iterator[dict[str, list[CompiledFact
 
 class _Properties:
     def __init__(self, architecture: int) -> None:
-        self.name = {80: "NVIDIA A100", 90: "NVIDIA H100"}[architecture]
+        self.name = {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200"}[architecture]
         self.major, self.minor = divmod(architecture, 10)
         self.multi_processor_count = MULTIPROCESSORS[architecture]
         self.shared_memory_per_block_optin = SHARED_BYTES[architecture]
 
 
+def loop_flops(facts: CompiledFacts) -> int:
+    """FLOPs of the main loop for each warp: products on tensor cores, or else multiply-adds of its 32 lanes."""
+    return facts.loop_tensor_flops or facts.loop_fma_flops
+
+
 def cost(facts: CompiledFacts) -> float:
     """Instructions for each FLOP; infinite where registers spill or a block does not fit."""
-    if facts.spilled or not facts.blocks_per_multiprocessor or not facts.loop_tensor_flops:
+    flops = loop_flops(facts)
+    if facts.spilled or not facts.blocks_per_multiprocessor or not flops:
         return math.inf
-    return facts.loop_instructions / facts.loop_tensor_flops
+    return facts.loop_instructions / flops
 
 
 def attention_inputs(width: int) -> tuple[list[Tensor], Tensor]:
@@ -225,7 +239,7 @@ CASES: dict[str, tuple[int, dict[str, Launch]]] = {
             "fasterkernels": fasterkernels,
         },
     )
-    for width in (64, 128)
+    for width in (32, 64, 128)
 } | {
     f"late interaction, width {width}, 16 bits": (
         width,
@@ -239,19 +253,44 @@ CASES: dict[str, tuple[int, dict[str, Launch]]] = {
 }
 
 
-def lines() -> Iterator[Line]:
+def lines(architecture: int) -> list[Line]:
+    """All cases on one architecture, in a process that has compiled for no other."""
+    made = []
     for case, (width, packages) in CASES.items():
-        for architecture in ARCHITECTURES:
-            for package, launch in packages.items():
-                with compiled_launches(architecture) as found:
-                    try:
-                        launch(architecture, width)
-                    except Exception as error:
-                        print(f"{case}, {package}, sm_{architecture}: {type(error).__name__}: {error}", file=sys.stderr)
-                for kernel, facts in found.items():
-                    best = min(facts, key=lambda one: (cost(one), one.stack_bytes))
-                    if best.products:
-                        yield Line.of(case, package, kernel, best, len(facts))
+        for package, launch in packages.items():
+            with compiled_launches(architecture) as found:
+                try:
+                    launch(architecture, width)
+                except Exception as error:
+                    print(f"{case}, {package}, sm_{architecture}: {type(error).__name__}: {error}", file=sys.stderr)
+            for kernel, facts in found.items():
+                best = min(facts, key=lambda one: (cost(one), one.stack_bytes))
+                if loop_flops(best):
+                    made.append(Line.of(case, package, kernel, best, len(facts)))
+    return made
+
+
+def all_lines() -> list[Line]:
+    """By case, then architecture."""
+    with ProcessPoolExecutor(len(ARCHITECTURES), get_context("spawn"), max_tasks_per_child=1) as pool:
+        made = [line for lines_of_one in pool.map(lines, ARCHITECTURES) for line in lines_of_one]
+    return sorted(made, key=lambda line: (list(CASES).index(line.case), line.architecture))
+
+
+PEER_KERNELS = {
+    ("attention", "forward"): ("_forward_kernel", "parallel_attn_fwd_kernel", "_flash_attn_fwd_kernel"),
+    ("attention", "backward_q"): ("_create_backward_kernel", "parallel_attn_bwd_kernel_dq"),
+    ("attention", "backward_kv"): ("_create_backward_kernel", "parallel_attn_bwd_kernel_dkv"),
+    ("maxsim", "forward"): ("_maxsim_fwd_kernel", "_maxsim_fwd_kernel_splitd"),
+    ("maxsim", "backward_q"): ("_bwd_dQ_kernel", "_bwd_unified_kernel", "_maxsim_bwd_unified_kernel"),
+    ("maxsim", "backward_p"): ("_bwd_dD_owned_kernel",),
+}
+"""Our kernel → the public ones that compute the same, or in one pass all gradients of it."""
+
+
+def op_of(case: str) -> str:
+    """The op of a case."""
+    return "maxsim" if case.startswith("late") else "attention"
 
 
 PACKAGES = (
@@ -266,63 +305,98 @@ _INTRODUCTION = """# Our Triton kernels beside public ones, as compiled
 Made by `python -m benchmarks.gpu_side_by_side` with Triton {triton} and {packages}, on a machine without a GPU: facts
 of compiled code, no time was measured. Each kernel is compiled by the launch that its own package makes (attention:
 512 rows a text, not causal but for flash-linear-attention, which has only causal; late interaction: 32 queries of 32
-rows, 64 passages of 128).
+rows, 64 passages of 128). Of a kernel that tunes itself the configuration with the most FLOPs for each instruction is
+shown, of those that do not spill; *tried* is how many there were.
 
-*FLOP/instr.* and *FLOP/B*: tensor-core FLOPs of the main loop for each instruction that a warp issues and for each
-byte that it loads from global memory or L2; FLOPs on padding and on products that warps repeat count in. *spilled B*:
-stack of a thread. Higher is better for both ratios, 0 for spills.
+*FLOP/instr.* and *FLOP/B*: FLOPs of the main loop (products on tensor cores; multiply-adds in the gathers of late
+interaction's gradients, which have no product) for each instruction that a warp issues and for each byte that it loads
+from global memory or L2; FLOPs on padding and on products that warps repeat count in. A product of tcgen05, which one
+thread issues for its block, counts for all its warps. *spilled B*: stack of a thread. Higher is better for both ratios,
+0 for spills.
 
-Where a public kernel is ahead in a figure, other tiles of ours were compiled: [gpu_tile_trials.md](gpu_tile_trials.md)
-lists what came of it.
+Below each table stands every figure in which a public kernel is ahead of ours. For each of those other tiles of ours
+were compiled: [gpu_tile_trials.md](gpu_tile_trials.md) lists what came of it, and why the tile that ships was kept.
+What is common to them:
 
-- Forward attention: more FLOPs for each instruction than every peer, and no spills. flash-attention-triton's tiles of
-  256 query rows load **half the bytes, and at width 64 on sm_80 have twice the occupancy**, but with this Triton they
-  spill 2 to 14 KB. Ours of 256 rows do not on sm_90; they are not shipped, because a text of 100 tokens would compute
-  256 rows.
-- Backward attention: ours is two deterministic kernels of 3 and 4 products, flash-attention-triton's is one of 5 that
-  adds to grad_q in global memory. In instructions for the five products that are needed, ours at width 64 is ahead on
-  both (sm_80: 6/906 + 8/907 = 0.0154 against 10/547 = 0.0183; sm_90: 0.0111 against 0.0169). **Its loop loads fewer
-  bytes**: 10/256 against 6/192 + 8/205 on sm_80 (0.039, 0.070), 10/179 against 6/192 + 8/228 on sm_90 (0.056, 0.066).
-  That leaves out its sums of grad_q, float32 numbers that each block of N keys reads and writes again: 8 bytes for 10·N
-  FLOPs, so 10/160 = 0.0625 more at its largest N, 128. With them it moves more than ours on both. A single pass would
-  also give up the fixed order of additions.
-- At width 128 flash-attention-triton (which spills) and flash-linear-attention (6 KB) are ahead of ours by 3 to 11 %
-  in the bytes of single passes. Of the tiles tried, those that change it spill, exceed the 99 KiB of RTX cards (which
-  share sm_80's table) or, on sm_90, have 256 rows.
-- Late interaction forward: more FLOPs for each instruction and byte than both peers at both widths, at **lower
-  occupancy** (12 % against 50 % at width 128; 12 % against 19 % at width 1024 on sm_90). Of our tiles 64x64x32 has 38 %
-  on sm_80 and 50 % on sm_90, with half the FLOPs for each byte and a half to a fifth for each instruction of the tile
-  that ships; that is still more than theirs at width 128.
-- **Late interaction's gradient of passages has fewer FLOPs for each instruction than late-interaction-kernels'** on
-  sm_80, and at width 1024 on sm_90, where theirs spills: its one-hot side is float32, multiplied in tf32, to keep the
-  range of gradients. It loads a third of the bytes. Occupancy at width 128 is 25 % against 31 %. Tried, not shipped:
-  a bf16 one-hot side makes it 580 on sm_80 and 482 on sm_90 (280 and 533 now) without spills, but rounds each weight to
-  8 bits before the sum, and has no float16 counterpart that keeps small gradients; tiles of 128x128 in tf32 make it 345
-  and 790, with half the bytes and half the blocks on a multiprocessor, and idle on passages of fewer than 128 rows.
+- flash-attention-triton and flash-linear-attention lead where they spill: bytes of a spilled register do not count in
+  FLOP/B, though each is a store and a load.
+- flash-attention-triton's backward pass is one kernel of five products that adds to grad_q in global memory; ours are
+  two deterministic ones of three and four products. The line below the table compares what all five need, for one
+  multiply-add of each. The bytes leave out the sums of grad_q, float32 numbers that each block of N keys reads and
+  writes again: 8 bytes for N times these five, so 0.0625 more at its largest N, 128. A single pass would also give up
+  the fixed order of additions.
+- Occupancy stands against both ratios: a larger tile has fewer warps on a multiprocessor.
+- The gradient of passages has its one-hot side in float32, multiplied in tf32, to keep the range of gradients. A bf16
+  one makes FLOP/instr. 580 on sm_80 and 482 on sm_90 without spills (tried with the tiles of 64x128x32 and 64x128x64),
+  but rounds each weight to 8 bits before the sum, and has no float16 counterpart that keeps small gradients.
+- late-interaction-kernels' and flash-maxsim's unified backward kernels add to the gradients with atomics, in no fixed
+  order; ours of queries and of passages are apart and have none.
 """
+FIGURES = (("FLOP/instr.", "flops_per_instruction"), ("FLOP/B", "flops_per_byte"), ("occupancy", "occupancy"))
+
+
+def leads(group: list[Line]) -> list[str]:
+    """A line for each of our kernels that a public one leads in a figure."""
+    found = []
+    for own in group:
+        peers = PEER_KERNELS.get((op_of(own.case), own.kernel.removesuffix("_kernel")), ())
+        parts = []
+        for other in group:
+            if own.package != "m3kernels" or other.package == "m3kernels" or other.kernel not in peers:
+                continue
+            ahead = [
+                f"{name} {_figure(name, getattr(other, key))}"
+                for name, key in FIGURES
+                if getattr(other, key) > getattr(own, key)
+            ]
+            if ahead:
+                spills = f", which spills {other.spilled_bytes} B" if other.spilled_bytes else ""
+                parts.append(f"{other.package} `{other.kernel}`{spills}: {', '.join(ahead)}")
+        if parts:
+            figures = ", ".join(f"{name} {_figure(name, getattr(own, key))}" for name, key in FIGURES)
+            found.append(f"- ahead of `{own.kernel}` ({figures}): {'; '.join(parts)}")
+    return found
+
+
+def backward_passes(group: list[Line]) -> list[str]:
+    """What the five products of attention's gradients need for one multiply-add of each: ours, and the single pass."""
+    held = {(line.package, line.kernel): line for line in group}
+    ours = [held.get(("m3kernels", name)) for name in ("backward_q_kernel", "backward_kv_kernel")]
+    single = held.get(("flash-attention-triton", "_create_backward_kernel"))
+    if single is None or None in ours:
+        return []
+    parts = []
+    for name, key in FIGURES[:2]:
+        own = sum(flops / getattr(line, key) for flops, line in zip((6, 8), ours, strict=True))
+        parts.append(f"{own:.4f} {name.partition('/')[2]} against {10 / getattr(single, key):.4f}")
+    return [f"- five products of a backward pass, ours against flash-attention-triton's: {', '.join(parts)}"]
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{100 * value:.0f} %" if name == "occupancy" else f"{value:.1f}" if value < 20 else f"{value:.0f}"
 
 
 def markdown(found: list[Line]) -> str:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     lines = [_INTRODUCTION.format(triton=triton.__version__, packages=", ".join(versions))]
-    columns = ("package", "kernel", "registers", "spilled B", "shared KiB", "warps", "blocks/SM", "occupancy", "loop",
-               "FLOP/instr.", "FLOP/B")  # fmt: skip
+    columns = ("package", "kernel", "tried", "registers", "spilled B", "shared KiB", "warps", "blocks/SM", "occupancy",
+               "loop", "FLOP/instr.", "FLOP/B")  # fmt: skip
     groups: dict[tuple[str, int], list[Line]] = {}
     for line in found:
         groups.setdefault((line.case, line.architecture), []).append(line)
     for (case, architecture), group in groups.items():
         lines += [f"## {case}, sm_{architecture}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         for one in group:
-            cells = [one.package, f"`{one.kernel}`", one.registers, one.spilled_bytes, f"{one.shared_bytes / 1024:.1f}",
-                     one.num_warps, one.blocks, f"{100 * one.occupancy:.0f} %", one.instructions,
-                     f"{one.flops_per_instruction:.0f}", f"{one.flops_per_byte:.0f}"]  # fmt: skip
+            cells = [one.package, f"`{one.kernel}`", one.configurations, one.registers, one.spilled_bytes,
+                     f"{one.shared_bytes / 1024:.1f}", one.num_warps, one.blocks, f"{100 * one.occupancy:.0f} %",
+                     one.instructions, *(_figure(name, getattr(one, key)) for name, key in FIGURES[:2])]  # fmt: skip
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-        lines.append("")
+        lines += ["", *leads(group), *backward_passes(group), ""]
     return "\n".join(lines)
 
 
 def main() -> None:
-    found = list(lines())
+    found = all_lines()
     rows = ",\n".join(f"  {json.dumps(asdict(line))}" for line in found)
     (ROOT / "benchmarks" / "results" / "gpu_side_by_side.json").write_text(f"[\n{rows}\n]\n")
     (ROOT / "docs" / "gpu_side_by_side.md").write_text(markdown(found))

@@ -1,15 +1,19 @@
 """Other tiles for the kernels that stand beside public ones: could any be ahead of them in everything? No GPU.
 
-    python -m benchmarks.gpu_tile_trials       writes docs/gpu_tile_trials.md and its JSON in benchmarks/results
+    python -m benchmarks.gpu_tile_trials [--anew]
 
-For each kernel of benchmarks/results/gpu_side_by_side.json a grid of tiles is compiled. Three figures count, each
-better when higher: tensor-core FLOPs of the main loop for each instruction and for each byte loaded, and occupancy.
-Tiles that spill, exceed the card's shared memory or repeat products in several warps are out. Of the others the
-undominated ones are listed, with what the best public kernel reaches in each figure.
+writes docs/gpu_tile_trials.md and its JSON in benchmarks/results. Trials recorded there are kept, beside the present
+figures of the public kernels, where kernel, tile, grid and Triton's version are as they were (--anew: none).
+
+For each kernel of benchmarks/results/gpu_side_by_side.json that is behind a public one in a figure, a grid of tiles is
+compiled. Three figures count, each better when higher: FLOPs of the main loop for each instruction and for each byte
+loaded, and occupancy. Tiles that spill, exceed the card's shared memory, repeat products in several warps or wait for
+every product are out. Of the others the undominated ones are listed, with what the public kernels reach.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from collections.abc import Iterator
@@ -20,9 +24,11 @@ from typing import Any
 import triton
 from tqdm import tqdm
 
-from m3kernels import compiled_tables
+from benchmarks.gpu_side_by_side import PEER_KERNELS, loop_flops, op_of
+from m3kernels import _tiles, compiled_tables
 from m3kernels.compiled_facts import CompiledFacts
 from m3kernels.compiled_tables import Entry
+from m3kernels.maxsim.triton_kernels import MOST_QUERY_ROWS
 from m3kernels.static_report import tile_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +44,12 @@ GRIDS: dict[tuple[str, str], list[Tile]] = {
     ("attention", "forward"): list(itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3))),
     ("attention", "backward_q"): list(itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2,))),
     ("attention", "backward_kv"): list(itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2,))),
-    ("maxsim", "forward"): list(itertools.product((64, 128), (64, 128), (32, 64), (4, 8), (2, 3))),
+    ("maxsim", "forward"): list(itertools.product((64, 128), (64, 128), (32, 64, 128), (4, 8), (2, 3))),
+    ("maxsim", "backward_q"): [
+        (rows, columns, warps, 2)
+        for rows, columns, warps in itertools.product((1, 2, 4, 8, 16), (256, 512, 1024), (1, 2, 4))
+        if 16 <= rows * columns // (32 * warps) <= 64
+    ],
     ("maxsim", "backward_p"): list(itertools.product((32, 64, 128), (64, 128), (32, 64), (4, 8), (2,))),
 }
 """(op, kernel) → tiles to compile, in the form of tiles.json."""
@@ -71,15 +82,6 @@ WHY = {
 }
 """Start of an entry's name → why the tile that ships was kept where another one, or a peer, is ahead in a figure."""
 
-PEER_KERNELS = {
-    "forward": ("_forward_kernel", "parallel_attn_fwd_kernel", "_flash_attn_fwd_kernel", "_maxsim_fwd_kernel",
-                "_maxsim_fwd_kernel_splitd"),
-    "backward_q": ("_create_backward_kernel", "parallel_attn_bwd_kernel_dq"),
-    "backward_kv": ("_create_backward_kernel", "parallel_attn_bwd_kernel_dkv"),
-    "backward_p": ("_bwd_dD_owned_kernel",),
-}  # fmt: skip
-"""Our kernel → the public ones that compute the same (or, in one pass, all gradients of attention)."""
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -93,7 +95,7 @@ class Trial:
     repeated: int
     shipped: Figures
     peers: dict[str, tuple[int, Figures]]
-    """package → bytes spilled, figures"""
+    """Package and kernel → bytes spilled, figures."""
     front: dict[str, Figures]
     """Undominated tiles of those that are neither spilled, unfit nor repeated."""
 
@@ -106,7 +108,7 @@ class Trial:
 
 def figures(facts: CompiledFacts) -> Figures:
     """FLOP/instr., FLOP/B and occupancy of compiled code."""
-    flops = facts.loop_tensor_flops
+    flops = loop_flops(facts)
     return flops / facts.loop_instructions, flops / facts.loop_load_bytes, facts.occupancy
 
 
@@ -116,51 +118,71 @@ def dominated(one: Figures, by: Figures) -> bool:
 
 
 def cases() -> Iterator[tuple[str, Entry, dict[str, tuple[int, Figures]]]]:
-    """Case, shipped entry and public kernels, of each of our kernels that has any."""
+    """Case, shipped entry and public kernels, of each of our kernels that one of them leads in a figure."""
     lines = json.loads(SIDE_BY_SIDE.read_text())
     shipped = {entry.name: entry for entry in compiled_tables.entries()}
     for line in lines:
+        op = op_of(line["case"])
         kernel = line["kernel"].removesuffix("_kernel")
-        if line["package"] != "m3kernels" or kernel not in PEER_KERNELS:
+        if line["package"] != "m3kernels" or (op, kernel) not in PEER_KERNELS:
             continue
         peers = {
-            other["package"]: (
-                other["spilled_bytes"],
-                (other["flops_per_instruction"], other["flops_per_byte"], other["occupancy"]),
-            )
+            f"{other['package']} `{other['kernel']}`": (other["spilled_bytes"], _recorded(other))
             for other in lines
             if (other["case"], other["architecture"]) == (line["case"], line["architecture"])
-            and other["kernel"] in PEER_KERNELS[kernel]
+            and other["kernel"] in PEER_KERNELS[op, kernel]
             and other["package"] != "m3kernels"
         }
-        op, column, options = ("attention", line["case"].split()[3].rstrip(","), "plain")
-        if line["case"].startswith("late"):
-            # The table's width is query rows for the forward and E for the gradients, at any E the same code.
-            op, column, options = "maxsim", *(("128", "save") if kernel == "forward" else ("1024", "plain"))
+        own = _recorded(line)
+        if not any(theirs > ours for _, figures in peers.values() for theirs, ours in zip(figures, own, strict=True)):
+            continue
+        # MaxSim's table counts query rows for the forward.
+        words = line["case"].replace(",", "").split()
+        width = MOST_QUERY_ROWS if (op, kernel) == ("maxsim", "forward") else int(words[words.index("width") + 1])
+        tiles = _tiles.for_architecture(op, line["architecture"]).entries[kernel]["16bit"]
+        column = min(listed for listed in _tiles.widths(tiles) if listed >= width)
+        options = "save" if (op, kernel) == ("maxsim", "forward") else "plain"
         yield line["case"], shipped[f"{op}/sm_{line['architecture']}/{kernel}/bf16/{column}/{options}"], peers
 
 
-def trials() -> list[Trial]:
-    """All cases, compiled by as many processes as there are cores, or taken out of the cache of compiled facts."""
+def _recorded(line: dict[str, Any]) -> Figures:
+    return line["flops_per_instruction"], line["flops_per_byte"], line["occupancy"]
+
+
+def trials(anew: bool) -> list[Trial]:
+    """All cases: recorded, compiled by as many processes as there are cores, or out of the cache of compiled facts."""
     chosen = list(cases())
-    grid = {entry: [replace(entry, tile=tile) for tile in GRIDS[entry.op, entry.kernel]] for _, entry, _ in chosen}
+    recorded = {} if anew else {(one["case"], one["hash"]): one for one in json.loads(RECORD.read_text())}
+
+    def kept(case: str, entry: Entry) -> dict[str, Any] | None:
+        found = recorded.get((case, entry.hash))
+        return found if found and found["compiled"] == len(GRIDS[entry.op, entry.kernel]) else None
+
+    grid = {
+        entry: [replace(entry, tile=tile) for tile in GRIDS[entry.op, entry.kernel]]
+        for case, entry, _ in chosen
+        if not kept(case, entry)
+    }
     wanted = dict.fromkeys((*grid, *itertools.chain.from_iterable(grid.values())))
     with tqdm(total=len(wanted), unit="kernel") as bar:
         facts = compiled_tables.compile_entries(wanted, compiled_tables.cache_folder(), bar.update)
-    return [_trial(case, entry, {one: facts[one] for one in grid[entry]}, facts[entry], p) for case, entry, p in chosen]
+    found = []
+    for case, entry, peers in chosen:
+        if line := kept(case, entry):
+            line = {key: value for key, value in line.items() if key != "hash"}
+            found.append(Trial(**{**line, "entry": entry, "peers": peers}))
+        else:
+            found.append(_trial(case, entry, {one: facts[one] for one in grid[entry]}, facts[entry], peers))
+    return found
 
 
 def _trial(
     case: str, entry: Entry, grid: dict[Entry, CompiledFacts], shipped: CompiledFacts, peers: dict[str, Any]
 ) -> Trial:
     spilled = [one for one, facts in grid.items() if facts.spilled]
-    unfit = [
-        one
-        for one, facts in grid.items()
-        if one not in spilled and (not facts.fits or not facts.blocks_per_multiprocessor or not facts.loop_tensor_flops)
-    ]
+    unfit = [one for one, facts in grid.items() if one not in spilled and not _usable(facts)]
     left = {one: facts for one, facts in grid.items() if one not in spilled and one not in unfit}
-    repeated = [one for one, facts in left.items() if facts.loop_tensor_flops * facts.num_warps > one.block_flops]
+    repeated = [one for one, facts in left.items() if facts.loop_tensor_flops * facts.num_warps > one.block_flops > 0]
     good = {tile_text(one.tile): figures(facts) for one, facts in left.items() if one not in repeated}
     front = {tile: own for tile, own in good.items() if not any(dominated(own, other) for other in good.values())}
     return Trial(
@@ -197,8 +219,8 @@ def markdown(found: list[Trial]) -> str:
         lines += [
             f"## {trial.case}: {entry.kernel}, sm_{entry.architecture}",
             "",
-            f"{trial.compiled} tiles: {trial.spilled} spill, {trial.unfit} do not fit or compile to no tensor-core "
-            f"loop, {trial.repeated} repeat products.",
+            f"{trial.compiled} tiles: {trial.spilled} spill, {trial.unfit} do not fit, compile to no tensor-core loop "
+            f"or wait for every product, {trial.repeated} repeat products.",
             "",
             "| | " + " | ".join(FIGURES) + " |",
             "| --- | --- | --- | --- |",
@@ -216,14 +238,24 @@ def markdown(found: list[Trial]) -> str:
     return "\n".join(lines)
 
 
+def _usable(facts: CompiledFacts) -> bool:
+    """Whether a block fits, multiplies on tensor cores and leaves its products in flight."""
+    fits = facts.fits and facts.blocks_per_multiprocessor > 0
+    return fits and (facts.loop_tensor_flops > 0 or not facts.products) and not facts.serialized_products
+
+
 def _row(name: str, own: Figures) -> str:
     return f"| {name} | {own[0]:.0f} | {own[1]:.0f} | {100 * own[2]:.0f} % |"
 
 
 def main() -> None:
     """Write the document and its JSON."""
-    found = trials()
-    rows = ",\n".join(f"  {json.dumps({**asdict(trial), 'entry': trial.entry.name})}" for trial in found)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--anew", action="store_true", help="keep no recorded trial")
+    found = trials(parser.parse_args().anew)
+    rows = ",\n".join(
+        f"  {json.dumps({**asdict(trial), 'entry': trial.entry.name, 'hash': trial.entry.hash})}" for trial in found
+    )
     RECORD.write_text(f"[\n{rows}\n]\n")
     DOCUMENT.write_text(markdown(found))
 

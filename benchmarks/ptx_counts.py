@@ -1,10 +1,11 @@
 """Every compiled GPU kernel executed on the CPU: errors at small ragged shapes, and counts at a working shape.
 
-    python -m benchmarks.ptx_counts          # all (6 minutes of one core); --only counts | errors for a part
+    python -m benchmarks.ptx_counts          # all; for a part: --only counts | errors, --op OP, --architecture 80 | 90
 
-writes benchmarks/results/ptx_counts.json and docs/gpu_counts.md. The kernels are sm_80 PTX from Triton and nvcc, run by
-tests/ptx/simulator: instructions of warps, products, 32-byte sectors of global memory (what L1 asks of L2) and
-shared-memory wavefronts are counted exactly. Where all blocks do the same, some run and the counts are multiplied.
+writes benchmarks/results/ptx_counts.json and docs/gpu_counts.md. The kernels are sm_80 PTX from Triton and nvcc, and
+sm_90 PTX from Triton, run by tests/ptx/simulator: instructions of warps, products, 32-byte sectors of global memory
+(what L1 asks of L2) and shared-memory wavefronts are counted exactly, the latter without what wgmma reads. Where all
+blocks do the same, some run and the counts are multiplied.
 
 These are counts, not times; the times in the table are lower bounds from published peaks (gpu_peaks.py).
 """
@@ -12,6 +13,7 @@ These are counts, not times; the times in the table are lower bounds from publis
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -34,10 +36,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "ptx_counts.json"
 TABLE = ROOT / "docs" / "gpu_counts.md"
 ARITHMETICS = ("bf16", "fp16", "tf32", "fp32")
+ARCHITECTURES = {ARCHITECTURE: ARITHMETICS, 90: ("bf16", "tf32")}
+"""Whose PTX is counted, in which arithmetics: on sm_90 those with wgmma, of which fp16 is as bf16."""
 
 SEQUENCES, LENGTH, HEADS, WIDTH = 32, 512, 16, 64
 QUERIES, QUERY_ROWS, PASSAGES, PASSAGE_ROWS, EMBEDDING = 32, 32, 256, 128, 1024
 VOCABULARY = 250_002
+OPS = ("attention", "maxsim", "cuda")
+"""Parts of the record; "cuda": sparse and packing."""
+QUERY_LENGTHS = {ARCHITECTURE: (5, 0, 40), 90: (5, 0, 150)}
+"""Of the small ragged shapes: enough rows for several turns of every loop."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Count:
 
     op: str
     kernel: str
+    architecture: int
     arithmetic: str
     shape: str
     blocks: int
@@ -66,7 +75,14 @@ class Count:
 
 
 def count(
-    op: str, launch: Launch, arithmetic: str, shape: str, factor: int, minimum_flops: int, minimum_bytes: int | None
+    op: str,
+    launch: Launch,
+    arithmetic: str,
+    shape: str,
+    factor: int,
+    minimum_flops: int,
+    minimum_bytes: int | None,
+    architecture: int = ARCHITECTURE,
 ) -> Count:
     """The counts of a launch whose blocks that ran stand for `factor` times as many."""
     c = launch.counters
@@ -74,6 +90,7 @@ def count(
     return Count(
         op=op,
         kernel=launch.kernel.removesuffix("_kernel").replace("_kernel<", "<"),
+        architecture=architecture,
         arithmetic=arithmetic,
         shape=shape,
         blocks=c.blocks * factor,
@@ -92,7 +109,7 @@ def count(
     )
 
 
-def attention_counts(arithmetic: str) -> Iterator[Count]:
+def attention_counts(arithmetic: str, architecture: int = ARCHITECTURE) -> Iterator[Count]:
     """All blocks of one head of the first sequence run; the others are the same."""
     dtype = cases.DTYPES[arithmetic]
     rows = SEQUENCES * LENGTH
@@ -100,12 +117,12 @@ def attention_counts(arithmetic: str) -> Iterator[Count]:
     q, k, v = torch.randn(rows, 3, HEADS, WIDTH).to(dtype).unbind(1)
     grad = torch.randn(rows, HEADS, WIDTH).to(dtype)
     options = attention.Options(WIDTH**-0.5, None, 0.0, 0, arithmetic == "tf32")
-    tiles = _tiles.for_architecture("attention", ARCHITECTURE)
+    tiles = _tiles.for_architecture("attention", architecture)
 
     def first_head(kernel: str, grid: Grid) -> list[Grid]:
         return [(x, 0, 0) for x in range(grid[0] // SEQUENCES)]
 
-    with simulated_triton(first_head) as launches:
+    with simulated_triton(first_head, architecture=architecture) as launches:
         out, log_sum_exp = attention.forward(q, k, v, offsets, options, tiles)
         attention.backward(grad, q, k, v, out, log_sum_exp, offsets, options, tiles)
     values, sums = rows * HEADS * WIDTH * dtype.itemsize, 4 * rows * HEADS
@@ -117,10 +134,10 @@ def attention_counts(arithmetic: str) -> Iterator[Count]:
     }
     shape = f"{SEQUENCES}×{LENGTH} rows, {HEADS} heads of {WIDTH}"
     for launch in launches:
-        yield count("attention", launch, arithmetic, shape, SEQUENCES * HEADS, *minimum[launch.kernel])
+        yield count("attention", launch, arithmetic, shape, SEQUENCES * HEADS, *minimum[launch.kernel], architecture)
 
 
-def maxsim_counts(arithmetic: str) -> Iterator[Count]:
+def maxsim_counts(arithmetic: str, architecture: int = ARCHITECTURE) -> Iterator[Count]:
     """One block (backward_p: those of one passage) runs; the others are the same."""
     dtype, allow_tf32 = cases.DTYPES[arithmetic], arithmetic == "tf32"
     query_rows, passage_rows = QUERIES * QUERY_ROWS, PASSAGES * PASSAGE_ROWS
@@ -130,7 +147,7 @@ def maxsim_counts(arithmetic: str) -> Iterator[Count]:
     sides = (queries, passages, query_offsets, passage_offsets)
     argmax = torch.randint(PASSAGE_ROWS, (query_rows, PASSAGES), dtype=torch.int32) + passage_offsets[:-1]
     pairs = torch.stack([torch.arange(PASSAGES) % QUERIES, torch.arange(PASSAGES)], 1).int()
-    tiles = _tiles.for_architecture("maxsim", ARCHITECTURE)
+    tiles = _tiles.for_architecture("maxsim", architecture)
     factors: dict[str, int] = {}
 
     def sample(kernel: str, grid: Grid) -> list[Grid]:
@@ -138,7 +155,7 @@ def maxsim_counts(arithmetic: str) -> Iterator[Count]:
         factors[kernel] = grid[0] * grid[1] // chosen
         return [(x, 0, 0) for x in range(chosen)]
 
-    with simulated_triton(sample) as launches:
+    with simulated_triton(sample, architecture=architecture) as launches:
         maxsim.forward(*sides, None, True, True, allow_tf32, tiles)
         maxsim.backward(torch.ones(QUERIES, PASSAGES), *sides, None, argmax, True, allow_tf32, tiles)
         maxsim.pairs_forward(*sides, pairs, None, True, allow_tf32, tiles)
@@ -154,7 +171,8 @@ def maxsim_counts(arithmetic: str) -> Iterator[Count]:
     }
     shape = f"{QUERIES} queries of {QUERY_ROWS}, {PASSAGES} passages of {PASSAGE_ROWS}, E = {EMBEDDING}"
     for launch in launches:
-        yield count("maxsim", launch, arithmetic, shape, factors[launch.kernel], *minimum[launch.kernel])
+        factor = factors[launch.kernel]
+        yield count("maxsim", launch, arithmetic, shape, factor, *minimum[launch.kernel], architecture)
 
 
 def texts(count_of_texts: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -204,49 +222,45 @@ def packing_counts(arithmetic: str) -> Iterator[Count]:
         yield count("packing", launch, arithmetic, f"16 texts of 100 and 500 rows, E = {EMBEDDING}", 1, 0, None)
 
 
-def all_counts() -> Iterator[Count]:
-    """Every kernel; 16-bit kernels of CUDA C++ in bfloat16, whose code is that of float16 but for conversions."""
-    for arithmetic in ARITHMETICS:
-        yield from attention_counts(arithmetic)
-    for arithmetic in ARITHMETICS:
-        yield from maxsim_counts(arithmetic)
-    for arithmetic in ("bf16", "fp32"):
-        yield from sparse_counts(arithmetic)
-        yield from packing_counts(arithmetic)
+def counts_of(op: str, architecture: int) -> Iterator[Count]:
+    """Every kernel of an op ("cuda": those of CUDA C++, in bfloat16 for both 16-bit types: only conversions differ)."""
+    if op != "cuda":
+        make = {"attention": attention_counts, "maxsim": maxsim_counts}[op]
+        for arithmetic in ARCHITECTURES[architecture]:
+            yield from make(arithmetic, architecture)
+    elif architecture == ARCHITECTURE:
+        for arithmetic in ("bf16", "fp32"):
+            yield from sparse_counts(arithmetic)
+            yield from packing_counts(arithmetic)
 
 
-def all_errors() -> Iterator[dict[str, Any]]:
+def errors_of(op: str, architecture: int) -> Iterator[dict[str, Any]]:
     """Errors of every kernel, dtype, width and option at a small ragged shape; an error beyond its bound raises."""
-    for arithmetic in ARITHMETICS:
-        for width in attention.HEAD_WIDTHS:
-            for options in cases.OPTIONS:
-                outcome = cases.run_attention(arithmetic, width, options)
-                outcome.check()
-                yield error_line("attention", arithmetic, f"head width {width}, {options}", outcome)
-        for width, mean, floor in ((8, True, False), (72, True, True), (64, False, False), (1024, False, True)):
-            outcome = cases.run_maxsim(arithmetic, width, mean, floor)
+    if op == "attention":
+        for arithmetic, width, options in itertools.product(ARITHMETICS, attention.HEAD_WIDTHS, cases.OPTIONS):
+            outcome = cases.run_attention(arithmetic, width, options, architecture=architecture)
+            outcome.check()
+            yield error_line(op, architecture, arithmetic, f"head width {width}, {options}", outcome)
+    elif op == "maxsim":
+        variants = ((8, True, False), (72, True, True), (64, False, False), (1024, False, True))
+        for arithmetic, (width, mean, floor) in itertools.product(ARITHMETICS, variants):
+            rows = QUERY_LENGTHS[architecture]
+            outcome = cases.run_maxsim(arithmetic, width, mean, floor, query_lengths=rows, architecture=architecture)
             outcome.check()
             options = f"E = {width}, {'mean' if mean else 'sum'}{', zero floor' if floor else ''}"
-            yield error_line("maxsim", arithmetic, options, outcome)
-    for name in ("fp32", "bf16", "fp16"):
-        for width in (1, 7, 40, 1024):
-            launches = cases.run_sparse(cases.DTYPES[name], width)
-            yield exact_line("sparse", name, f"E = {width}", launches)
-    for dtype, width in (
-        (torch.bool, 7),
-        (torch.bfloat16, 3),
-        (torch.bfloat16, 6),
-        (torch.bfloat16, 4),
-        (torch.float32, 40),
-    ):
-        yield exact_line(
-            "packing", str(dtype).removeprefix("torch."), f"width {width}", cases.run_packing(dtype, width)
-        )
+            yield error_line(op, architecture, arithmetic, options, outcome)
+    elif architecture == ARCHITECTURE:
+        for name, width in itertools.product(("fp32", "bf16", "fp16"), (1, 7, 40, 1024)):
+            yield exact_line("sparse", name, f"E = {width}", cases.run_sparse(cases.DTYPES[name], width))
+        moved = ((torch.bool, 7), *((torch.bfloat16, width) for width in (3, 6, 4)), (torch.float32, 40))
+        for dtype, width in moved:
+            name = str(dtype).removeprefix("torch.")
+            yield exact_line("packing", name, f"width {width}", cases.run_packing(dtype, width))
 
 
-def error_line(op: str, arithmetic: str, options: str, outcome: cases.Outcome) -> dict[str, Any]:
+def error_line(op: str, architecture: int, arithmetic: str, options: str, outcome: cases.Outcome) -> dict[str, Any]:
     kernels = sorted({launch.kernel.removesuffix("_kernel") for launch in outcome.launches})
-    told = {"op": op, "arithmetic": arithmetic, "options": options, "kernels": kernels}
+    told = {"op": op, "architecture": architecture, "arithmetic": arithmetic, "options": options, "kernels": kernels}
     for name, values in (("errors", outcome.errors), ("bounds", outcome.bounds)):
         told[name] = {result: float(f"{value:.2e}") for result, value in values.items()}
     return told
@@ -254,13 +268,15 @@ def error_line(op: str, arithmetic: str, options: str, outcome: cases.Outcome) -
 
 def exact_line(op: str, arithmetic: str, options: str, launches: list[Launch]) -> dict[str, Any]:
     kernels = sorted({launch.kernel for launch in launches})
-    return {"op": op, "arithmetic": arithmetic, "options": options, "kernels": kernels, "errors": {}, "bounds": {}}
+    told = {"op": op, "architecture": ARCHITECTURE, "arithmetic": arithmetic, "options": options}
+    return {**told, "kernels": kernels, "errors": {}, "bounds": {}}
 
 
-def origin() -> dict[str, Any]:
-    """What the counts depend on: hashes of Triton, sources and tiles of sm_80, and the CUDA sources."""
-    entries = compiled_tables.entries(architectures=[ARCHITECTURE])
-    return {"cuda": sources_digest(), **{entry.name: entry.hash for entry in entries}}
+def origin(op: str, architecture: int) -> dict[str, str]:
+    """What a part of the record depends on: hashes of Triton, sources and tiles, or of the CUDA sources."""
+    if op == "cuda":
+        return {"cuda": sources_digest()} if architecture == ARCHITECTURE else {}
+    return {entry.name: entry.hash for entry in compiled_tables.entries([op], [architecture])}
 
 
 def read_counts() -> list[Count] | None:
@@ -268,7 +284,8 @@ def read_counts() -> list[Count] | None:
     if not RECORD.exists():
         return None
     record = json.loads(RECORD.read_text())
-    return [Count(**line) for line in record["counts"]] if record["origin"] == origin() else None
+    present = {f"{op} {number}": origin(op, number) for op, number in itertools.product(OPS, ARCHITECTURES)}
+    return [Count(**line) for line in record["counts"]] if record["origin"]["counts"] == present else None
 
 
 def table(counts: list[Count], errors: list[dict[str, Any]]) -> str:
@@ -276,80 +293,98 @@ def table(counts: list[Count], errors: list[dict[str, Any]]) -> str:
     lines = [
         "# What the compiled GPU kernels do, counted",
         "",
-        "Made by `python -m benchmarks.ptx_counts`; figures in `benchmarks/results/ptx_counts.json`. The sm_80 PTX",
-        "that Triton and nvcc make is executed by the simulator of `tests/ptx`; no GPU took part. Counts are exact for",
-        "that PTX. Times are **lower bounds** computed from them and from published peaks (`benchmarks/gpu_peaks.py`),",
-        "not results: the largest of products on tensor cores, float32 operations, and the fewest bytes over memory",
-        "bandwidth.",
+        "Made by `python -m benchmarks.ptx_counts`; figures in `benchmarks/results/ptx_counts.json`. The PTX",
+        "that Triton (sm_80 and sm_90) and nvcc (sm_80) make is executed by the simulator of `tests/ptx`; no GPU took",
+        "part. Counts are exact for that PTX. Times are **lower bounds** computed from them and from published peaks",
+        "(`benchmarks/gpu_peaks.py`), not results: the largest of products on tensor cores, float32 operations, and",
+        "the fewest bytes over memory bandwidth.",
         "",
         "- FLOP ×: operations done (tensor cores and float32 units) over those that the formula needs.",
         "- MB min: each input read once, each output written once (CUDA C++ kernels: sectors touched at least once).",
         "- L2 ×: 32-byte sectors asked of L2 over that minimum; tiles read keys again for each tile of queries.",
         "- used: bytes that threads wanted of these sectors (above 100 %: lanes that share them).",
-        "- conflicts: extra shared-memory wavefronts for each one needed.",
+        "- conflicts: extra shared-memory wavefronts for each one needed; what wgmma reads (sm_90) is not counted.",
         "",
-        "| op | kernel | arithmetic | M warp instr. | GFLOP | FLOP × | MB min | L2 × | used | conflicts |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| op | kernel | sm | arithmetic | M warp instr. | GFLOP | FLOP × | MB min | L2 × | used | conflicts |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for c in counts:
         flops, moved = c.tensor_flops + c.float_flops, c.load_bytes + c.store_bytes
         lines.append(
-            f"| {c.op} | {c.kernel} | {c.arithmetic} | {c.instructions / 1e6:.2f} | {flops / 1e9:.2f} "
+            f"| {c.op} | {c.kernel} | {c.architecture} | {c.arithmetic} "
+            f"| {c.instructions / 1e6:.2f} | {flops / 1e9:.2f} "
             f"| {f'{flops / c.minimum_flops:.2f}' if c.minimum_flops else '–'} | {c.minimum_bytes / 1e6:.2f} "
             f"| {moved / c.minimum_bytes:.2f} | {100 * c.wanted_bytes / moved:.0f} % "
             f"| {f'{c.bank_conflicts / c.shared_phases:.2f}' if c.shared_phases else '–'} |"
         )
     lines += ["", "Shapes:", ""]
     lines += [f"- {op}: {shape}" for op, shape in dict.fromkeys((c.op, c.shape) for c in counts)]
-    lines += ["", "## Lower bounds of time, microseconds", ""]
+    lines += ["", "## Lower bounds of time, microseconds", "", "From the counts of sm_80.", ""]
     lines += ["| op | kernel | arithmetic | " + " | ".join(gpu.name for gpu in GPUS) + " |"]
     lines += ["| --- | --- | --- |" + " ---: |" * len(GPUS)]
     for c in counts:
+        if c.architecture != ARCHITECTURE:
+            continue
         arithmetic = "tf32" if c.arithmetic == "tf32" or c.kernel == "backward_p" else "16bit"
         times = [gpu.seconds(c.tensor_flops, arithmetic, c.float_flops, c.minimum_bytes) for gpu in GPUS]
         lines.append(f"| {c.op} | {c.kernel} | {c.arithmetic} | " + " | ".join(f"{1e6 * t:.1f}" for t in times) + " |")
     lines += ["", "## Errors against float64 at small ragged shapes", ""]
     lines += ["Relative, in the Euclidean norm; the worst result of all widths and options of a line.", ""]
     lines += [
-        "| op | arithmetic | cases | worst result | error | its bound |",
-        "| --- | --- | ---: | --- | ---: | ---: |",
+        "| op | sm | arithmetic | cases | worst result | error | its bound |",
+        "| --- | --- | --- | ---: | --- | ---: | ---: |",
     ]
-    for op, arithmetic in dict.fromkeys((line["op"], line["arithmetic"]) for line in errors):
-        same = [line for line in errors if (line["op"], line["arithmetic"]) == (op, arithmetic)]
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for line in errors:
+        groups.setdefault((line["op"], line["architecture"], line["arithmetic"]), []).append(line)
+    for (op, architecture, arithmetic), same in groups.items():
         shares = [(e / line["bounds"][name], name, e, line["bounds"][name])
                   for line in same for name, e in line["errors"].items()]  # fmt: skip
         if shares:
             _, name, error, bound = max(shares)
-            lines.append(f"| {op} | {arithmetic} | {len(same)} | {name} | {error:.1e} | {bound:.1e} |")
+            lines.append(f"| {op} | {architecture} | {arithmetic} | {len(same)} | {name} | {error:.1e} | {bound:.1e} |")
         else:
-            lines.append(f"| {op} | {arithmetic} | {len(same)} | all | 0 | exact |")
+            lines.append(f"| {op} | {architecture} | {arithmetic} | {len(same)} | all | 0 | exact |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=("counts", "errors"), help="make one part anew and keep the other")
-    only = parser.parse_args().only
+    parser.add_argument("--op", choices=OPS, help="only this op's part")
+    parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, help="only this one's part")
+    asked = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    kept = json.loads(RECORD.read_text()) if RECORD.exists() else {"counts": [], "errors": []}
-    makers: dict[str, Callable[[], Iterator[Any]]] = {"counts": all_counts, "errors": all_errors}
-    made: dict[str, list[dict[str, Any]]] = {}
+    kept: dict[str, Any] = {"origin": {}, "counts": [], "errors": []}
+    if RECORD.exists():
+        kept = json.loads(RECORD.read_text())
+    makers: dict[str, Callable[[str, int], Iterator[Any]]] = {"counts": counts_of, "errors": errors_of}
     for part, make in makers.items():
-        if only not in (None, part):
-            made[part] = kept[part]
-            continue
-        made[part] = []
-        for item in make():
-            line = asdict(item) if isinstance(item, Count) else item
-            made[part].append(line)
-            print(json.dumps(line), flush=True)
-    blocks = [f'  "origin": {json.dumps(origin())}']
-    for part, lines in made.items():
-        blocks.append(f'  "{part}": [\n' + ",\n".join(f"    {json.dumps(line)}" for line in lines) + "\n  ]")
+        lines: list[dict[str, Any]] = []
+        for architecture, op in itertools.product(ARCHITECTURES, OPS):
+            chosen = (
+                asked.only in (None, part) and asked.op in (None, op) and asked.architecture in (None, architecture)
+            )
+            if not chosen:
+                lines += [one for one in kept[part] if (one["architecture"], part_of(one["op"])) == (architecture, op)]
+                continue
+            for item in make(op, architecture):
+                lines.append(asdict(item) if isinstance(item, Count) else item)
+                print(json.dumps(lines[-1]), flush=True)
+            kept["origin"].setdefault(part, {})[f"{op} {architecture}"] = origin(op, architecture)
+        kept[part] = lines
+    blocks = [f'  "origin": {json.dumps(kept["origin"])}']
+    for part in makers:
+        blocks.append(f'  "{part}": [\n' + ",\n".join(f"    {json.dumps(line)}" for line in kept[part]) + "\n  ]")
     RECORD.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(table([Count(**line) for line in made["counts"]], made["errors"]))
+    TABLE.write_text(table([Count(**line) for line in kept["counts"]], kept["errors"]))
+
+
+def part_of(op: str) -> str:
+    """The part of the record that an op of a line belongs to."""
+    return op if op in OPS else "cuda"
 
 
 if __name__ == "__main__":

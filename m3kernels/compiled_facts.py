@@ -36,6 +36,8 @@ class Multiprocessor:
     shared_bytes: int
     shared_bytes_per_block: int
     registers: int = 65536
+    tensor_columns: int = 512
+    """Of tensor memory, where there is any (sm_100)."""
 
     @property
     def warps(self) -> int:
@@ -59,8 +61,10 @@ class CompiledFacts:
 
     products: how many tl.dot the kernel's Triton IR holds. fma_products: how many products of the GPU IR the compiler
     left to the plain FMA units (pipelining may have copied some, so this is no part of `products`).
-    loop_*: of the main loop (m3kernels.machine_code), for each warp; loop_tensor_flops: those of mma.sync and wgmma;
-    loop_load_bytes: read from global memory (or L2).
+    serialized_products: groups of wgmma products that the assembler added because it waits for each product at once: it
+    does so where registers that a product uses are written while it may still run.
+    loop_*: of the main loop (m3kernels.machine_code), for each warp; loop_load_bytes: read from global memory (or L2).
+    tensor_columns: of tensor memory, which a block takes on sm_100.
     """
 
     architecture: int
@@ -73,9 +77,12 @@ class CompiledFacts:
     loop_instructions: int
     loop_counts: dict[str, int]
     loop_tensor_flops: int
+    loop_fma_flops: int
     loop_load_bytes: int
     products: int
     fma_products: int
+    serialized_products: int
+    tensor_columns: int
 
     @property
     def spilled(self) -> bool:
@@ -99,7 +106,8 @@ class CompiledFacts:
 
     @property
     def blocks_per_multiprocessor(self) -> int:
-        """Resident blocks by threads, registers (given out by 256 to a warp) and shared memory (1 KiB reserved)."""
+        """Resident blocks by threads, registers (given out by 256 to a warp), shared memory (1 KiB reserved) and tensor
+        memory."""
         limits = MULTIPROCESSORS[self.architecture]
         warp_registers = -(-self.registers * 32 // 256) * 256
         return min(
@@ -107,6 +115,7 @@ class CompiledFacts:
             limits.threads // (32 * self.num_warps),
             limits.registers // (warp_registers * self.num_warps),
             limits.shared_bytes // (self.shared_bytes + 1024),
+            limits.tensor_columns // max(self.tensor_columns, 1),
         )
 
     @property
@@ -157,6 +166,8 @@ def triton_facts(compiled: Any) -> CompiledFacts:
         num_warps=compiled.metadata.num_warps,
         products=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
         fma_products=_fma_products(compiled.asm["ttgir"]),
+        serialized_products=max(0, function.wgmma_groups - compiled.asm["ptx"].count("wgmma.commit_group")),
+        tensor_columns=getattr(compiled.metadata, "tmem_size", 0),
     )
 
 
@@ -180,6 +191,8 @@ def library_facts(
                 num_warps=_bound(function) // 32,
                 products=0,
                 fma_products=0,
+                serialized_products=0,
+                tensor_columns=0,
             )
             for function in held[executed]
         }
@@ -227,6 +240,8 @@ def _facts(
     num_warps: int,
     products: int,
     fma_products: int,
+    serialized_products: int,
+    tensor_columns: int,
 ) -> CompiledFacts:
     return CompiledFacts(
         architecture=architecture,
@@ -238,10 +253,13 @@ def _facts(
         counts=machine_code.count(function.code),
         loop_instructions=len(function.main_loop),
         loop_counts=machine_code.count(function.main_loop),
-        loop_tensor_flops=machine_code.tensor_flops(function.main_loop),
+        loop_tensor_flops=machine_code.tensor_flops(function.main_loop, num_warps),
+        loop_fma_flops=machine_code.fma_flops(function.main_loop),
         loop_load_bytes=machine_code.load_bytes(function.main_loop),
         products=products,
         fma_products=fma_products,
+        serialized_products=serialized_products,
+        tensor_columns=tensor_columns,
     )
 
 

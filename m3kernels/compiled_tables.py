@@ -20,6 +20,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -122,7 +123,7 @@ def compile_entries(
     """Facts by the entries, out of the cache or compiled by as many processes as there are cores.
 
     Args:
-        cache: folder; None compiles everything anew and keeps nothing.
+        cache: folder; None keeps nothing, but Triton's own cache is used (see `triton_cache`).
         advance: told how many more entries are done.
     """
     chosen = list(chosen)
@@ -144,6 +145,21 @@ def compile_entries(
                     _write(_cached(cache, entry), json.dumps(asdict(found[entry])))
                 advance(1)
     return {entry: found[entry] for entry in chosen}
+
+
+@contextmanager
+def triton_cache(folder: Path | None) -> Iterator[None]:
+    """What is compiled within, by this process or those it starts, Triton keeps in `folder`; None: only meanwhile."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["TRITON_CACHE_DIR"] = str(folder or temporary)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["TRITON_CACHE_DIR"]
+            else:
+                os.environ["TRITON_CACHE_DIR"] = before
 
 
 def cache_folder() -> Path:
@@ -175,7 +191,8 @@ def library_entries(architectures: Iterable[int] = ARCHITECTURES) -> dict[str, C
 
 
 def problems(facts: CompiledFacts, dtype: str) -> list[str]:
-    """What a kernel that ships must not do: spill, exceed shared memory, multiply off the tensor cores.
+    """What a kernel that ships must not do: spill, exceed shared memory, multiply off the tensor cores, wait for every
+    single wgmma product.
 
     float32 without allow_tf32 multiplies in IEEE float32, which no tensor core does: dtype "fp32" is excepted.
     """
@@ -186,6 +203,8 @@ def problems(facts: CompiledFacts, dtype: str) -> list[str]:
         found.append(f"does not fit: {facts.registers} registers, {facts.shared_bytes} bytes of shared memory")
     if dtype != "fp32" and facts.products and (facts.fma_products or not facts.tensor_instructions):
         found.append("a product runs off the tensor cores")
+    if facts.serialized_products:
+        found.append(f"wgmma products wait for each other: {facts.serialized_products} groups more than in the source")
     return found
 
 

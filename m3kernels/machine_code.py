@@ -6,8 +6,9 @@ The main loop of a function is where its time goes: of the loops (a branch to an
 products and no smaller such loop, the one with the most of them; without tensor cores the same by multiply-adds, and
 without these by global loads. Waiting loops on barriers, which newer architectures nest in it, count as its part.
 
-A multiply-add of m·n·k is 2·m·n·k FLOPs. HMMA belongs to a warp, HGMMA to a group of four; tcgen05 products (UTCHMMA)
-do not tell their shape.
+A multiply-add of m·n·k is 2·m·n·k FLOPs. HMMA belongs to a warp, HGMMA to a group of four, a tcgen05 product (UTCHMMA)
+to the block: one thread issues it. Its shape is in its instruction descriptor (PTX ISA, "Instruction descriptor" of
+tcgen05), a constant in a uniform register; it is read from there and appended to the name, as in UTCHMMA.128x64x16.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = [
     "Function",
     "count",
     "demangled",
+    "fma_flops",
     "functions",
     "library_functions",
     "load_bytes",
@@ -57,17 +59,22 @@ INSTRUCTIONS = {
 TENSOR_CORE = ("mma.sync", "wgmma", "tcgen05.mma")
 FMA = "ffma"
 _PATTERNS = {name: re.compile(pattern) for name, pattern in INSTRUCTIONS.items()}
-_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", re.M)
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", re.M)
 _LABEL_OR_INSTRUCTION = re.compile(r"^(\.L_\w+):|" + _INSTRUCTION.pattern, re.M)
 _HMMA_SHAPE = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}
 _LOAD_BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _HGMMA_SHAPE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
+_UTCMMA = re.compile(r"UTC\w*MMA\b")
+_UTCMMA_SHAPE = re.compile(r"UTCHMMA\.(\d+)x(\d+)x(\d+)")
+_TCGEN05_DEPTH = {0: 16, 1: 16, 2: 8}
+"""K of a tcgen05 product by the descriptor's type of A: float16, bfloat16, tf32, each 32 bytes."""
 
 
 @dataclass(frozen=True)
 class Function:
     """One kernel of a cubin. shared_bytes: static; threads: the most a launch may have (None: any number);
-    code: instructions with their modifiers, without operands; main_loop: those of the main loop, or none."""
+    code: instructions with their modifiers, without operands; main_loop: those of the main loop, or none;
+    wgmma_groups: groups of wgmma products, each of which ends with one that can be waited for."""
 
     name: str
     registers: int
@@ -76,6 +83,7 @@ class Function:
     threads: int | None
     code: tuple[str, ...]
     main_loop: tuple[str, ...]
+    wgmma_groups: int
 
 
 def functions(cubin: bytes) -> list[Function]:
@@ -104,17 +112,28 @@ def count(code: Sequence[str]) -> dict[str, int]:
     return {name: sum(bool(pattern.match(one)) for one in code) for name, pattern in _PATTERNS.items()}
 
 
-def tensor_flops(code: Sequence[str]) -> int:
-    """FLOPs for each warp of the mma.sync and wgmma products in `code`."""
+def tensor_flops(code: Sequence[str], num_warps: int) -> int:
+    """FLOPs for each warp of the products on tensor cores in `code`, which a block of `num_warps` executes; 0 where one
+    of them does not tell its shape."""
     flops = 0
     for instruction in code:
         if group := _HGMMA_SHAPE.match(instruction):
             m, n, k = map(int, group.groups())
             flops += 2 * m * n * k // 4
+        elif group := _UTCMMA_SHAPE.match(instruction):
+            m, n, k = map(int, group.groups())
+            flops += 2 * m * n * k // num_warps
+        elif _UTCMMA.match(instruction):
+            return 0
         elif instruction.startswith("HMMA."):
             m, n, k = _HMMA_SHAPE[instruction.split(".")[1]]
             flops += 2 * m * n * k
     return flops
+
+
+def fma_flops(code: Sequence[str]) -> int:
+    """FLOPs for each warp of the float32 multiply-adds in `code`; FFMA2 does two in each lane."""
+    return sum(128 if one.startswith("FFMA2") else 64 for one in code if _PATTERNS[FMA].match(one))
 
 
 def load_bytes(code: Sequence[str]) -> int:
@@ -161,7 +180,8 @@ def _functions(path: Path) -> list[Function]:
             raise RuntimeError(f"the disassemblers said nothing of {name}: {body!r}")
         code, loop = _parse(bodies[name])
         registers, stack, shared = map(int, numbers.groups())
-        found.append(Function(name, registers, stack, shared, threads.get(name), code, loop))
+        groups = len(re.findall(r"GMMA\..*\bgsb0", bodies[name]))
+        found.append(Function(name, registers, stack, shared, threads.get(name), code, loop, groups))
     return found
 
 
@@ -170,17 +190,34 @@ def _parse(body: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     code: list[str] = []
     labels: dict[str, int] = {}
     branches: list[tuple[str, int]] = []
+    uniform: dict[str, int] = {}
     for found in _LABEL_OR_INSTRUCTION.finditer(body):
-        label, _, name, operands = found.groups()
+        label, _, predicate, name, operands = found.groups()
         if label:
             labels[label] = len(code)
             continue
+        if _UTCMMA.match(name):
+            name = f"{name}.{_tcgen05_shape(name, operands, uniform)}"
+        elif written := re.match(r"\s*(UR\d+)", operands):
+            value = re.match(r"\s*UR\d+, (0x[0-9a-f]+)\s*$", operands)
+            uniform.pop(written[1], None)
+            if name == "UMOV" and value and not predicate:
+                uniform[written[1]] = int(value[1], 16)
         code.append(name)
         target = re.search(r"\((\.L_\w+)\)", operands)
         if name.startswith("BRA") and target:
             branches.append((target[1], len(code)))
     loops = [(labels[target], end) for target, end in branches if labels[target] < end - 1]
     return tuple(code), _main_loop(code, loops)
+
+
+def _tcgen05_shape(name: str, operands: str, uniform: dict[str, int]) -> str:
+    """MxNxK of a tcgen05 product, from the constant that its descriptor's register got last; "unknown" without one."""
+    register = re.search(r"idesc\[(UR\d+)\]", operands)
+    descriptor = uniform.get(register[1]) if register else None
+    if descriptor is None or not name.startswith("UTCHMMA"):
+        return "unknown"
+    return f"{(descriptor >> 24 & 31) * 16}x{(descriptor >> 17 & 63) * 8}x{_TCGEN05_DEPTH[descriptor >> 7 & 7]}"
 
 
 def _main_loop(code: Sequence[str], loops: Sequence[tuple[int, int]]) -> tuple[str, ...]:

@@ -10,7 +10,10 @@ from m3kernels.compiled_facts import MULTIPROCESSORS, CompiledFacts
 from m3kernels.compiled_tables import Entry, problems
 from m3kernels.machine_code import TENSOR_CORE
 
-_NO_PROBLEMS = "none spills, none exceeds its card, no product of 16-bit or tf32 numbers is off the tensor cores."
+_NO_PROBLEMS = (
+    "none spills, none exceeds its card, no product of 16-bit or tf32 numbers is off the tensor cores, none waits for "
+    "each of its wgmma products."
+)
 _COPIES = ("cp.async", "bulk_copy")
 COLUMNS: dict[str, Callable[[CompiledFacts], str]] = {
     "registers": lambda facts: str(facts.registers),
@@ -43,7 +46,8 @@ facts of compiled code; nothing here was measured on a device.
 - *spilled B* is the stack of a thread, *local* the loads and stores of local memory in the machine code: both must
   be 0.
 - *occupancy* follows from registers, shared memory and threads with the limits of one multiprocessor in NVIDIA's CUDA
-  C++ programming guide 13.0, "Technical Specifications per Compute Capability": {limits}.
+  C++ programming guide 13.0, "Technical Specifications per Compute Capability": {limits}. On sm_100 tensor memory
+  counts too, of which a multiprocessor has 512 columns.
 - *loop* and what is right of it are counted in the main loop of the machine code, for each warp: instructions,
   tensor-core products (mma.sync, wgmma, tcgen05), float32 multiply-adds, exponentials, asynchronous copies (cp.async or
   bulk), plain global loads, and the bytes that both bring. *FLOP/instr.* and *FLOP/B* divide the useful FLOPs of a turn
@@ -100,8 +104,7 @@ def ratios(entry: Entry, facts: CompiledFacts) -> tuple[str, str]:
 def loop_flops(entry: Entry, facts: CompiledFacts) -> float:
     """Useful FLOPs of one turn of the compiled main loop for each warp.
 
-    That is one turn of the source's loop, or as many as the products say where the compiler unrolled it (mma.sync and
-    wgmma tell their shape, multiply-adds are 64 FLOPs; tcgen05 tells none and is not unrolled by Triton). Products that
+    That is one turn of the source's loop, or as many as the products say where the compiler unrolled it. Products that
     warps repeat in tiles too small for them are not useful.
     """
     turn = entry.block_flops / facts.num_warps
@@ -109,9 +112,7 @@ def loop_flops(entry: Entry, facts: CompiledFacts) -> float:
         return 0.0
     if facts.loop_tensor_flops:
         return turn * max(1, int(facts.loop_tensor_flops / turn))
-    if not any(facts.loop_counts[kind] for kind in TENSOR_CORE):
-        return turn * max(1, int(64 * facts.loop_counts["ffma"] / turn))
-    return turn
+    return turn * max(1, int(facts.loop_fma_flops / turn))
 
 
 def tile_text(tile: Sequence[int]) -> str:

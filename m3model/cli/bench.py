@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,7 +38,7 @@ def bench(
         list[int] | None, typer.Option(help="With --static: only this architecture, such as 80. [default: all]")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="With --static: write the report to this file.")] = None,
-    cache: Annotated[bool, typer.Option(help="With --static: keep and use compiled facts.")] = True,
+    cache: Annotated[bool, typer.Option(help="With --static: keep and use compiled facts, and Triton's cache.")] = True,
     device: Annotated[str, typer.Option(help="With --tune: which GPU.")] = "cuda",
     out: Annotated[
         Path | None, typer.Option(help="With --tune: folder for <op>.json instead of the installed tables.")
@@ -70,7 +71,8 @@ def _static(ops: list[str], arch: list[int] | None, markdown: Path | None, *, ca
         accepted = ", ".join(map(str, tables.ARCHITECTURES))
         raise typer.BadParameter(f"{unknown[0]}; accepted: {accepted}", param_hint="--arch")
     entries = list(tables.entries(ops, architectures))
-    with document_bar("Compiling", len(entries), "kernels") as advance:
+    kept_by_triton = nullcontext() if cache else tables.triton_cache(None)
+    with kept_by_triton, document_bar("Compiling", len(entries), "kernels") as advance:
         facts = tables.compile_entries(entries, tables.cache_folder() if cache else None, advance)
     library = tables.library_entries(architectures)
     if not library:

@@ -68,7 +68,12 @@ def attention_bound(arithmetic: str, length: int) -> float:
 
 
 def run_attention(
-    arithmetic: str, width: int, options: str, lengths: tuple[int, ...] = ATTENTION_LENGTHS, heads: int = 2
+    arithmetic: str,
+    width: int,
+    options: str,
+    lengths: tuple[int, ...] = ATTENTION_LENGTHS,
+    heads: int = 2,
+    architecture: int = ARCHITECTURE,
 ) -> Outcome:
     """Forward and backward; q, k and v are slices of one fused product, as in the backbone."""
     dtype, (keep, dropout) = DTYPES[arithmetic], OPTIONS[options]
@@ -78,8 +83,8 @@ def run_attention(
     grad = random(sum(lengths), heads, width, dtype=dtype, seed=2)
     scale = width**-0.5
     told = attention.Options(scale, keep, dropout, SEED, arithmetic == "tf32")
-    tiles = _tiles.for_architecture("attention", ARCHITECTURE)
-    with simulated_triton() as launches:
+    tiles = _tiles.for_architecture("attention", architecture)
+    with simulated_triton(architecture=architecture) as launches:
         out, log_sum_exp = attention.forward(q, k, v, offsets, told, tiles)
         grads = attention.backward(grad, q, k, v, out, log_sum_exp, offsets, told, tiles)
     exact = [x.double() for x in (q, k, v)]
@@ -110,6 +115,7 @@ def run_maxsim(
     floor: bool = True,
     query_lengths: tuple[int, ...] = (5, 0, 40),
     passage_lengths: tuple[int, ...] = (70, 0, 1, 130),
+    architecture: int = ARCHITECTURE,
 ) -> Outcome:
     """All pairs and listed pairs (one of them twice), forward and backward."""
     dtype, allow_tf32 = DTYPES[arithmetic], arithmetic == "tf32"
@@ -121,8 +127,8 @@ def run_maxsim(
     listed = [[0, count[1] - 1], [count[0] - 1, 0], [count[0] - 1, count[1] - 1], [count[0] // 2, 1]]
     pairs = torch.tensor([*listed, listed[2]], dtype=torch.int32)
     grad, pair_grad = random(*count, dtype=torch.float32, seed=3), random(len(pairs), dtype=torch.float32, seed=4)
-    tiles = _tiles.for_architecture("maxsim", ARCHITECTURE)
-    with simulated_triton() as launches:
+    tiles = _tiles.for_architecture("maxsim", architecture)
+    with simulated_triton(architecture=architecture) as launches:
         scores, argmax = maxsim.forward(*rows, *offsets, zero_floor, mean, True, allow_tf32, tiles)
         grads = maxsim.backward(grad, *rows, *offsets, zero_floor, argmax, mean, allow_tf32, tiles)
         of_pairs = maxsim.pairs_forward(*rows, *offsets, pairs, zero_floor, mean, allow_tf32, tiles)

@@ -1,6 +1,7 @@
 """The PTX that Triton and nvcc make of every GPU kernel, executed on the CPU, equals the reference.
 
-A choice of dtypes, widths and options; `python -m benchmarks.ptx_counts` runs all of them.
+sm_80's of all kernels, and sm_90's of Triton's, with wgmma. A choice of dtypes, widths and options; `python -m
+benchmarks.ptx_counts` runs all of them.
 """
 
 from __future__ import annotations
@@ -25,24 +26,29 @@ def unwritten_memory_is_nan() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("arithmetic", "width", "options"),
+    ("arithmetic", "width", "options", "architecture"),
     [
-        ("bf16", 32, "plain"),
-        ("fp16", 32, "sampled+dropout"),
-        ("fp32", 32, "sampled+dropout"),
-        ("tf32", 32, "plain"),
-        ("bf16", 64, "sampled"),
-        ("fp16", 128, "dropout"),
+        ("bf16", 32, "plain", 80),
+        ("fp16", 32, "sampled+dropout", 80),
+        ("fp32", 32, "sampled+dropout", 80),
+        ("tf32", 32, "plain", 80),
+        ("bf16", 64, "sampled", 80),
+        ("fp16", 128, "dropout", 80),
+        ("bf16", 32, "sampled+dropout", 90),
+        ("fp16", 64, "plain", 90),
+        ("tf32", 64, "plain", 90),
+        ("bf16", 128, "plain", 90),
     ],
 )
-def test_attention(arithmetic: str, width: int, options: str) -> None:
-    outcome = cases.run_attention(arithmetic, width, options)
+def test_attention(arithmetic: str, width: int, options: str, architecture: int) -> None:
+    outcome = cases.run_attention(arithmetic, width, options, architecture=architecture)
     outcome.check()
     names = [launch.kernel for launch in outcome.launches]
     assert names == ["forward_kernel", "backward_q_kernel", "backward_kv_kernel"]
     for launch in outcome.launches:
         assert (launch.counters.tensor_flops > 0) == (arithmetic != "fp32")
         assert launch.counters.atomics == 0
+        assert ("wgmma" in launch.counters.opcodes) == (architecture == 90)
 
 
 def test_attention_without_a_single_attended_row() -> None:
@@ -51,9 +57,20 @@ def test_attention_without_a_single_attended_row() -> None:
     outcome.check()
 
 
-@pytest.mark.parametrize(("arithmetic", "width"), [("bf16", 72), ("fp16", 64), ("fp32", 64), ("tf32", 64)])
-def test_maxsim(arithmetic: str, width: int) -> None:
-    outcome = cases.run_maxsim(arithmetic, width, mean=arithmetic != "fp16", floor=arithmetic != "tf32")
+@pytest.mark.parametrize(
+    ("arithmetic", "width", "architecture"),
+    [("bf16", 72, 80), ("fp16", 64, 80), ("fp32", 64, 80), ("tf32", 64, 80), ("bf16", 72, 90), ("tf32", 72, 90)],
+)
+def test_maxsim(arithmetic: str, width: int, architecture: int) -> None:
+    """On sm_90 with query rows for three turns of the gradient of passages, whose products stay in flight."""
+    outcome = cases.run_maxsim(
+        arithmetic,
+        width,
+        mean=arithmetic != "fp16",
+        floor=arithmetic != "tf32",
+        query_lengths=(5, 0, 40) if architecture == 80 else (5, 0, 150),
+        architecture=architecture,
+    )
     outcome.check()
     kernels = {launch.kernel for launch in outcome.launches}
     assert kernels == {f"{name}_kernel" for name in ("forward", "sum", "backward_q", "backward_p", "pairs_forward")}

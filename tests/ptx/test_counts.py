@@ -18,16 +18,18 @@ def counts() -> list[ptx_counts.Count]:
     return recorded
 
 
-def test_counts_made_now_equal_the_record(counts: list[ptx_counts.Count]) -> None:
-    now = list(ptx_counts.attention_counts("bf16"))
-    assert now == [c for c in counts if (c.op, c.arithmetic) == ("attention", "bf16")]
+@pytest.mark.parametrize("architecture", list(ptx_counts.ARCHITECTURES))
+def test_counts_made_now_equal_the_record(counts: list[ptx_counts.Count], architecture: int) -> None:
+    now = list(ptx_counts.attention_counts("bf16", architecture))
+    assert now == [c for c in counts if (c.op, c.architecture, c.arithmetic) == ("attention", architecture, "bf16")]
 
 
 def test_every_kernel_and_arithmetic_is_counted(counts: list[ptx_counts.Count]) -> None:
-    triton = {(c.op, c.kernel, c.arithmetic) for c in counts if c.op in ("attention", "maxsim")}
+    triton = {(c.op, c.kernel, c.architecture, c.arithmetic) for c in counts if c.op in ("attention", "maxsim")}
     kernels = [("attention", name) for name in ("forward", "backward_q", "backward_kv")]
     kernels += [("maxsim", name) for name in ("forward", "sum", "backward_q", "backward_p", "pairs_forward")]
-    assert triton == {(*kernel, arithmetic) for kernel in kernels for arithmetic in ptx_counts.ARITHMETICS}
+    wanted = [(number, each) for number, arithmetics in ptx_counts.ARCHITECTURES.items() for each in arithmetics]
+    assert triton == {(*kernel, *one) for kernel in kernels for one in wanted}
     cuda = {c.kernel.partition("<")[0] for c in counts if c.op not in ("attention", "maxsim")}
     assert cuda == {
         "token_weights", "winners", "offsets", "gather", "invert_rows", "embed_gradient", "sum_parts", "scores",

@@ -1,4 +1,4 @@
-"""Runs Triton launches on CPU tensors: Triton's own binder and compiler make sm_80 PTX, the simulator executes it.
+"""Runs Triton launches on CPU tensors: Triton's own binder and compiler make PTX, the simulator executes it.
 
     with simulated_triton() as launches:
         out, log_sum_exp = attention.forward(q, k, v, offsets, options, tiles)   # the product's own host code
@@ -9,7 +9,6 @@ No machine code is made (the stage that runs ptxas is left out), so compiling is
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from m3kernels.compiled_tables import triton_cache
 from tests.ptx.simulator import Counters, GlobalMemory, Program, load
 from tests.triton.named_device import NamedDevice
 
@@ -52,18 +52,21 @@ def _without_machine_code(*stages: Any) -> Any:
 
 @contextmanager
 def simulated_triton(
-    programs: Programs | None = None, change: Callable[[str], str] | None = None
+    programs: Programs | None = None,
+    change: Callable[[str], str] | None = None,
+    architecture: int = ARCHITECTURE,
 ) -> Iterator[list[Launch]]:
     """Simulate every Triton launch within; yields the list of launches, which grows.
 
     Args:
         programs: which blocks to run, default all.
         change: alters the compiled PTX before it runs, to see whether that is noticed.
+        architecture: whose PTX, 80 or 90.
     """
     launches: list[Launch] = []
     loaded: dict[str, Program] = {}
     original_run, original_driver = JITFunction.run, driver._active
-    hook, cache = knobs.runtime.add_stages_inspection_hook, os.environ.get("TRITON_CACHE_DIR")
+    hook = knobs.runtime.add_stages_inspection_hook
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = original_run(self, *arguments, grid=grid, warmup=True, **options)
@@ -86,18 +89,14 @@ def simulated_triton(
         launches.append(Launch(self.__name__, whole, 32 * kernel.metadata.num_warps, counters))
         return kernel
 
-    JITFunction.run, driver._active = run, NamedDevice(ARCHITECTURE)
+    JITFunction.run, driver._active = run, NamedDevice(architecture)
     knobs.runtime.add_stages_inspection_hook = _without_machine_code
-    os.environ["TRITON_CACHE_DIR"] = str(ROOT / ".cache" / "ptx" / "triton")
     try:
-        yield launches
+        with triton_cache(ROOT / ".cache" / "ptx" / "triton"):
+            yield launches
     finally:
         JITFunction.run, driver._active = original_run, original_driver
         knobs.runtime.add_stages_inspection_hook = hook
-        if cache is None:
-            del os.environ["TRITON_CACHE_DIR"]
-        else:
-            os.environ["TRITON_CACHE_DIR"] = cache
 
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:

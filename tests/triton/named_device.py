@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from triton.backends.compiler import GPUTarget
 
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """What a block may take, by architecture."""
-MULTIPROCESSORS = {80: 108, 90: 132}
-"""Of A100 and H100."""
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+"""Of A100, H100 and B200."""
 
 
 class NamedDevice:

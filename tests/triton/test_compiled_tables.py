@@ -7,8 +7,8 @@ library, which is seconds; compiling everything (`m3 bench --static`) is minutes
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,9 @@ ENTRIES = list(compiled_tables.entries())
 
 
 @pytest.fixture(autouse=True, scope="module")
-def triton_cache() -> Iterator[None]:
-    before = os.environ.get("TRITON_CACHE_DIR")
-    os.environ["TRITON_CACHE_DIR"] = str(ROOT / ".cache" / "triton")
-    yield
-    if before is None:
-        del os.environ["TRITON_CACHE_DIR"]
-    else:
-        os.environ["TRITON_CACHE_DIR"] = before
+def kept_by_triton() -> Iterator[None]:
+    with compiled_tables.triton_cache(ROOT / ".cache" / "triton"):
+        yield
 
 
 @cache
@@ -90,7 +85,7 @@ def test_16_bit_products_run_on_the_newest_tensor_cores_tf32_on_some_and_ieee_fl
 def test_the_main_loop_holds_the_products_of_the_source_in_16_bits_without_one_too_many() -> None:
     """Warps beyond a tile's rows repeat its products. Small tf32 tiles put up with that."""
     for entry, own in recorded().items():
-        if own.loop_tensor_flops:
+        if own.products and entry.dtype != "fp32":
             turns = own.loop_tensor_flops * own.num_warps / entry.block_flops
             assert turns == 1 or (entry.dtype == "tf32" and 1 < turns <= 2), (entry.name, turns)
 
@@ -195,6 +190,38 @@ def test_the_tool_sees_too_much_shared_memory() -> None:
     # Four stages of two 256 x 64 tiles of 2 bytes are 256 KiB; some Triton versions refuse in compilation already.
     assert not planted("bf16", 256, num_warps=8, num_stages=6).fits
     assert planted("bf16", 64, num_warps=4).fits
+
+
+def test_the_tool_sees_wgmma_products_that_wait_for_each_other() -> None:
+    """A second stage leaves products in flight while the next A is written to their registers."""
+    shipped = next(entry for entry in ENTRIES if entry.name == "maxsim/sm_90/backward_p/tf32/1024/plain")
+    block = shipped.tile[:-1]
+    facts = [compiled_tables.compile_entry(replace(shipped, tile=(*block, stages))) for stages in (1, 2)]
+    assert [one.serialized_products > 0 for one in facts] == [False, True]
+    assert any("wait for each other" in problem for problem in compiled_tables.problems(facts[1], "tf32"))
+
+
+def test_the_shape_of_a_tcgen05_product_is_the_constant_that_its_descriptor_got_last() -> None:
+    def listing(*code: str) -> str:
+        return "".join(f"        /*{16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(code))
+
+    first, second, product = (
+        "UMOV UR35, 0x8100490",
+        "UMOV UR35, 0x4200910",
+        "UTCHMMA gdesc[UR4], tmem[UR6], idesc[UR35]",
+    )
+    assert machine_code._parse(listing(first, product))[0][-1] == "UTCHMMA.128x64x16"
+    assert machine_code._parse(listing(first, second, product))[0][-1] == "UTCHMMA.64x128x8"
+    assert machine_code.tensor_flops(["UTCHMMA.128x64x16"], num_warps=8) == 2 * 128 * 64 * 16 // 8
+    for unknown in ("UIADD3 UR35, UR35, UR2", "@P0 UMOV UR35, 0x8100490"):
+        code, _ = machine_code._parse(listing(first, unknown, product))
+        assert code[-1] == "UTCHMMA.unknown" and machine_code.tensor_flops(code, num_warps=8) == 0
+
+
+def test_tensor_memory_limits_the_blocks_of_a_multiprocessor() -> None:
+    facts = recorded()[next(entry for entry in ENTRIES if entry.name == "maxsim/sm_100/pairs_forward/bf16/32/plain")]
+    alone = replace(facts, tensor_columns=512)
+    assert alone.blocks_per_multiprocessor == 1 < replace(facts, tensor_columns=0).blocks_per_multiprocessor
 
 
 def test_the_tool_sees_products_off_the_tensor_cores_and_atomics() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def test_a_spill_and_a_product_off_the_tensor_cores_give_status_1(recorded: dict
         ({"stack_bytes": 8}, "spills: 8 bytes of stack"),
         ({"fma_products": 1}, "a product runs off the tensor cores"),
         ({"shared_bytes": 200 << 10}, "does not fit"),
+        ({"serialized_products": 2}, "wgmma products wait for each other"),
     ):
         recorded[name] = CompiledFacts(**{**vars(good), **changed})
         result = m3("bench", "--static", "--op", "maxsim", "--arch", 80)
@@ -110,3 +112,21 @@ def test_tuning_writes_the_table_of_its_architecture_beside_the_others(
     assert {name: tables[name] for name in tables if name != "sm_89"} == json.loads(
         _tiles.path("attention").read_text()
     )
+
+
+def test_without_a_cache_triton_compiles_anew_as_well(
+    recorded: dict[str, CompiledFacts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+    found = compiled_tables.compile_entries
+
+    def compile_entries(*arguments: Any) -> Any:
+        seen.append(os.environ.get("TRITON_CACHE_DIR"))
+        return found(*arguments)
+
+    monkeypatch.setattr(compiled_tables, "compile_entries", compile_entries)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/kept")
+    for cache in ("--cache", "--no-cache"):
+        assert m3("bench", "--static", "--op", "maxsim", "--arch", 90, cache).exit_code == 0
+    assert seen[0] == "/kept" == os.environ["TRITON_CACHE_DIR"]
+    assert seen[1] != "/kept" and not Path(str(seen[1])).exists()

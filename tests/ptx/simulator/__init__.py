@@ -1,17 +1,19 @@
-"""A functional simulator of sm_80 PTX in numpy: runs the code that Triton and nvcc generated, without a GPU.
+"""A functional simulator of PTX in numpy, sm_80's and what our sm_90 code adds: runs what Triton and nvcc generated.
 
     kernels = load(ptx)
     kernels["name"].launch(GlobalMemory([(address, bytes), ...]), grid, threads, parameters) -> Counters
 
 Checked while it runs: every global, shared, local and parameter address, alignment, reads of unwritten shared memory,
-races between warps on shared memory, divergent barriers, shuffles from absent lanes, cp.async without its wait.
+races between warps on shared memory, divergent barriers, shuffles from absent lanes, cp.async without its wait; wgmma
+without its fences, group or wait, or whose operands change while it runs.
 Not modelled: time, caches, races within a warp, between blocks or on global memory, the rounding of sums inside a
-tensor core, and everything newer than sm_80 (wgmma, bulk copies, tcgen05).
+tensor core, and of what is newer than sm_80 all but wgmma, its fences and stmatrix: our kernels use no mbarrier and no
+bulk copies on sm_90. tcgen05 (sm_100) is not there.
 """
 
 from __future__ import annotations
 
-from tests.ptx.simulator import access, arithmetic, warp
+from tests.ptx.simulator import access, arithmetic, warp, warpgroup
 from tests.ptx.simulator.counters import Counters
 from tests.ptx.simulator.faults import Fault, PtxError
 from tests.ptx.simulator.formats import bits_of
@@ -21,7 +23,7 @@ from tests.ptx.simulator.parser import Instruction, Kernel, parse
 
 __all__ = ["Counters", "Fault", "GlobalMemory", "Program", "PtxError", "load"]
 
-_DECODERS = {**arithmetic.DECODERS, **access.DECODERS, **warp.DECODERS}
+_DECODERS = {**arithmetic.DECODERS, **access.DECODERS, **warp.DECODERS, **warpgroup.DECODERS}
 
 
 def load(ptx: str) -> dict[str, Program]:

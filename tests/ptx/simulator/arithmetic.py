@@ -415,6 +415,5 @@ DECODERS: dict[str, Decoder] = {
     "popc": _count_bits(_population),
     "clz": _count_bits(_leading_zeros),
     "membar": _nothing,
-    "fence": _nothing,
     "prefetch": _nothing,
 }

@@ -7,6 +7,7 @@ Python function of the wave and the acting lanes (arithmetic.py, access.py, warp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import islice
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from tests.ptx.simulator.counters import Counters
 from tests.ptx.simulator.faults import Fault
 from tests.ptx.simulator.formats import UNSIGNED, Lanes
+from tests.ptx.simulator.in_flight import InFlight
 from tests.ptx.simulator.memory import BlockMemory, GlobalMemory, SharedMemory
 from tests.ptx.simulator.parser import Instruction, Kernel
 
@@ -96,6 +98,7 @@ class Wave:
         # cp.async: copies that were issued but not waited for, and how many groups each lane has committed.
         self.pending: list[tuple[Lanes, Lanes, Lanes, Lanes]] = []
         self.committed = np.zeros(lanes, np.int64)
+        self.in_flight = InFlight(lanes)
         self.special = self._special_registers(blocks, grid, threads, thread)
 
     def _special_registers(
@@ -173,7 +176,7 @@ class Program:
             name, modifiers = instruction.opcode, instruction.modifiers
             counters.instructions += in_warps
             counters.opcodes[name] += in_warps
-            if name == "mma":
+            if name == "mma" or "mma_async" in modifiers:
                 counters.tensor_flops += 2 * in_warps * mma_products(instruction)
             elif instruction.type in ("f16", "bf16", "f32") and name in ("fma", "add", "sub", "mul"):
                 counters.float_flops += in_lanes * (2 if name == "fma" else 1)
@@ -185,10 +188,12 @@ CONTROL = ("bra", "ret", "exit", "bar", "barrier", "trap")
 
 
 def mma_products(instruction: Instruction) -> int:
-    """Multiply-adds of one mma.sync of a warp: M·N·K."""
-    shape = next(modifier for modifier in instruction.modifiers if modifier.startswith("m") and "n" in modifier)
-    m, n, k = shape[1:].replace("n", " ").replace("k", " ").split()
-    return int(m) * int(n) * int(k)
+    """Multiply-adds of a warp in one mma.sync, M·N·K, or a quarter of those of a warpgroup's wgmma."""
+    shape = next(
+        match for modifier in instruction.modifiers if (match := re.fullmatch(r"m(\d+)n(\d+)k(\d+)", modifier))
+    )
+    m, n, k = map(int, shape.groups())
+    return m * n * k // (4 if instruction.opcode == "wgmma" else 1)
 
 
 class _Run:

@@ -165,6 +165,12 @@ class SharedMemory(BlockMemory):
         self.written = np.zeros(entries, bool)
         self.writer, self.reader = np.zeros(entries, np.int8), np.zeros(entries, np.int8)
         self.atomic = np.zeros(entries, bool)
+        self.unfenced = np.zeros(entries, bool)
+
+    @property
+    def chunks(self) -> Lanes:
+        """The bytes as [chunks, 16]."""
+        return self.data.reshape(-1, 16)
 
     def barrier(self, blocks: Lanes) -> None:
         """What came before is visible to all threads of these blocks."""
@@ -209,6 +215,7 @@ class SharedMemory(BlockMemory):
         unchanged = ~changed[:, None] & (writer != self.NOBODY)
         self.writer[entries[unchanged]] = writer[unchanged]
         self.written[entries] = True
+        self.unfenced[entries] = True
 
     def shared_atomic(self, owner: int, warp: int, address: int, size: int) -> Lanes:
         """The place of one atomic, which may meet other atomics but no plain access of another warp."""
@@ -219,5 +226,26 @@ class SharedMemory(BlockMemory):
         for shadow in (self.writer[entries], self.reader[entries]):
             if ((shadow != self.NOBODY) & (shadow != warp + 1)).any():
                 raise Fault("race on shared memory: an atomic meets a plain access of another warp")
-        self.atomic[entries] = True
+        self.atomic[entries] = self.unfenced[entries] = True
         return place
+
+    def warpgroup_load(self, owners: Lanes, addresses: Lanes) -> tuple[Lanes, Lanes]:
+        """Numbers and bytes [n, count, 16] of the chunks at addresses [n, count], read by whole warpgroups through the
+        async proxy."""
+        places = self.places(owners[:, None], addresses, 16, "wgmma")
+        entries = self._entries(places.reshape(-1), 16)
+        if not self.written[entries].all():
+            raise Fault("wgmma reads unwritten shared memory")
+        if (self.writer[entries] != self.NOBODY).any() or self.atomic[entries].any():
+            raise Fault("race on shared memory: wgmma reads what a warp wrote, no barrier between")
+        if self.unfenced[entries].any():
+            raise Fault("wgmma reads what was written through the generic proxy, no fence.proxy.async between")
+        self.reader[entries] = self.SEVERAL
+        return places // 16, self.chunks[places // 16]
+
+    def proxy_fence(self, owners: Lanes, warps: Lanes) -> None:
+        """What these warps wrote, and all that a barrier made visible to them, is visible to the async proxy."""
+        unfenced, writer = (shadow.reshape(-1, self.stride // self.granule) for shadow in (self.unfenced, self.writer))
+        for owner in np.unique(owners):
+            seen = (self.NOBODY, *(np.unique(warps[owners == owner]) + 1))
+            unfenced[owner] &= ~np.isin(writer[owner], seen)

@@ -1,4 +1,4 @@
-"""Instructions of whole warps: shuffles, votes, reductions, ldmatrix and mma.sync.
+"""Instructions of whole warps: shuffles, votes, reductions, ldmatrix, stmatrix and mma.sync.
 
 The fragment layouts of mma.m16n8k* and ldmatrix are those of the PTX ISA ("Matrix Fragments for mma.m16n8k16" and its
 neighbours): with group g = lane / 4 and t = lane % 4, register q of A holds row g + 8·(q % 2) and, for 16-bit types,
@@ -128,8 +128,28 @@ def _load_matrix(instruction: Instruction, kernel: Kernel) -> Execute:
     return run
 
 
+def _store_matrix(instruction: Instruction, kernel: Kernel) -> Execute:
+    """stmatrix, the reverse: the row addresses from 8 lanes for each matrix."""
+    origin = instruction.operands[1] if isinstance(instruction.operands[1], tuple) else (instruction.operands[1],)
+    if "trans" in instruction.modifiers:
+        raise NotImplementedError(f"the simulator does not know {instruction.text!r}")
+    where = address(kernel, instruction.operands[0])
+    reads = [source(kernel, name, "b32") for name in origin]
+
+    def run(wave: Wave, active: Active) -> None:
+        _whole(active, instruction)
+        lanes = active.numbers.reshape(-1, WARP)[:, : 8 * len(reads)].reshape(-1)
+        addresses = where(wave, active).reshape(-1, WARP)[:, : 8 * len(reads)].reshape(-1)
+        words = np.stack([np.broadcast_to(np.asarray(read(wave)), wave.lanes)[active.numbers] for read in reads])
+        rows = np.ascontiguousarray(words.reshape(len(reads), -1, WARP).transpose(1, 0, 2)).reshape(-1, 4)
+        wave.counters.shared_access(addresses, 16, phase_numbers(lanes, 16))
+        wave.shared.shared_store(wave.block[lanes], wave.warp_in_block[lanes], addresses, rows)
+
+    return run
+
+
 @functools.cache
-def _fragments(k: int, registers_a: int, registers_b: int, halves: int) -> tuple[Lanes, Lanes, Lanes]:
+def fragments(k: int, registers_a: int, registers_b: int, halves: int) -> tuple[Lanes, Lanes, Lanes]:
     """Where the elements of A [16·K], B [K·8] and D [16·8] lie among a warp's (register, lane, half)."""
     g, t = np.arange(WARP) // 4, np.arange(WARP) % 4
     a, b, d = np.zeros((16, k), np.int64), np.zeros((k, 8), np.int64), np.zeros((16, 8), np.int64)
@@ -154,7 +174,7 @@ def _matrix_product(instruction: Instruction, kernel: Kernel) -> Execute:
     k, halves = int(shape[6:]), 1 if kinds[1] == "tf32" else 2
     puts = [write(kernel, name, "f32") for name in operands[0]]
     a, b, c = ([source(kernel, name, "b32") for name in operand] for operand in operands[1:4])
-    at_a, at_b, at_d = _fragments(k, len(a), len(b), halves)
+    at_a, at_b, at_d = fragments(k, len(a), len(b), halves)
     from_d = np.argsort(at_d)
 
     def matrices(wave: Wave, reads: list, places: Lanes) -> Lanes:  # type: ignore[type-arg]
@@ -188,6 +208,7 @@ DECODERS = {
     "activemask": _active_mask,
     "redux": _reduce,
     "ldmatrix": _load_matrix,
+    "stmatrix": _store_matrix,
     "mma": _matrix_product,
     "bar": _no_barrier,
 }
