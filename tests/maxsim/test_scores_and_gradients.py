@@ -13,9 +13,16 @@ from torch import Tensor
 import m3kernels
 from m3kernels import _library
 from m3kernels.maxsim import reference
-from tests.maxsim.cases import DTYPES, Batch, offsets_of, ragged_batch, ragged_batches, similarity_bound
-
-ISAS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
+from tests.maxsim.cases import (
+    DTYPES,
+    ISAS,
+    Batch,
+    offsets_of,
+    ragged_batch,
+    ragged_batches,
+    similarity_bound,
+    why_missing,
+)
 
 pytestmark = pytest.mark.skipif(
     _library.cpu_kernel("maxsim_forward") is None, reason="the compiled CPU kernels are missing"
@@ -24,11 +31,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if reason := why_missing(request.param):
+        pytest.skip(f"this machine lacks {request.param}: {reason}")
     monkeypatch.setenv("M3_CPU_ISA", request.param)
-    try:
-        torch.ops.m3_cpu.cpu_isa()
-    except RuntimeError as error:
-        pytest.skip(f"this machine lacks {request.param}: {str(error).splitlines()[0]}")
     yield request.param
 
 
