@@ -147,7 +147,6 @@ def rounded(numbers: Sequence[Any]) -> list[float]:
 
 
 def main(what: str, seeds: list[int]) -> None:
-    torch.set_num_threads(2)
     stored: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     part = {"choose": ("development", choose), "measure": ("held out", measured)}[what]
     stored[part[0]] = part[1](seeds)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-TOKENS = 190_000
+TOKENS = 210_000
 STEPS = 45
 
 

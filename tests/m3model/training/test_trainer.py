@@ -287,6 +287,7 @@ def whole_weights(trainer: M3Trainer) -> dict[str, Tensor]:
         (2, {}),
         (4, {}),
         (2, {"fsdp": True, "gradient_checkpointing": True}),
+        (2, {"fsdp": True, "frozen_layers": 1}),
         pytest.param(2, {**zero(1), "sub_batch_tokens": None}, marks=needs_deepspeed),
         pytest.param(2, zero(2), marks=needs_deepspeed),
         pytest.param(2, {**zero(2), "gradient_accumulation_steps": 2}, marks=needs_deepspeed),
