@@ -19,7 +19,7 @@ import scipy
 import torch
 
 from m3model.cli.output import message
-from m3model.demo.docstrings import Pair, apart, choose, collect
+from m3model.demo.docstrings import Pair, apart, choose, collect, is_searched
 from m3model.demo.questions import QUESTIONS
 from m3model.demo.token_weights import fit_token_weights
 from m3model.files import write_whole
@@ -53,9 +53,10 @@ def make_collection(folder: Path, model: M3Model, tokens: int) -> Collection:
             held_out = [Pair(row["id"], row["summary"], row["text"]) for row in rows]
             return Collection(held_out, *apart(pairs, held_out), stored["tokens"])
     tokenizer, limit, prefix = model.tokenization(model.max_length, "passage")
-    lengths = [len(ids) for ids in tokenizer.encode([pair.body for pair in pairs], limit, prefix).ids]
-    length_of = {pair.name: length for pair, length in zip(pairs, lengths)}
-    chosen = choose(pairs, lengths, tokens, {name for question in QUESTIONS for name in question.answers})
+    searched = [pair for pair in pairs if is_searched(pair)]
+    lengths = [len(ids) for ids in tokenizer.encode([pair.body for pair in searched], limit, prefix).ids]
+    length_of = {pair.name: length for pair, length in zip(searched, lengths)}
+    chosen = choose(searched, lengths, tokens, {name for question in QUESTIONS for name in question.answers})
     used = sum(length_of[pair.name] for pair in chosen)
     lines = [json.dumps({"id": p.name, "summary": p.summary, "text": p.body}, ensure_ascii=False) for p in chosen]
     content = ("\n".join(lines) + "\n").encode("utf-8")

@@ -5,13 +5,14 @@
     body         everything after it, at least 200 characters
     no leak      a body that repeats its summary is left out; so is a summary or a body that occurred before
 
-They fall into three sets without a common pair, and no body of one is like a body of another (see `_unlike`):
+They fall into three sets without a common pair, and no body that is trained on is like one of the others (`_unlike`):
 
     held out     torch and numpy: what the demo searches and measures. All cannot be encoded in minutes: the LONGEST
                  longest bodies are taken and those that the demo's questions ask for, then others of at most USUAL
                  tokens, from the end of the order of a hash of their names, until the tokens are used up
-    development  torch and numpy: DEVELOPMENT others from the beginning of that order, on which the recipe was chosen
-                 (benchmarks/report_demo.py); the demo itself leaves them alone
+    development  torch and numpy: DEVELOPMENT others from the beginning of that order, and those that are not trained on
+                 because their bodies are like others. Choices are made on them (benchmarks/report_demo.py); the demo
+                 itself leaves them alone
     training     what is left, scipy included
 """
 
@@ -27,7 +28,18 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-__all__ = ["DEVELOPMENT", "LONGEST", "MODULES", "USUAL", "Pair", "apart", "choose", "collect", "split_docstring"]
+__all__ = [
+    "DEVELOPMENT",
+    "LONGEST",
+    "MODULES",
+    "USUAL",
+    "Pair",
+    "apart",
+    "choose",
+    "collect",
+    "is_searched",
+    "split_docstring",
+]
 
 LONGEST = 2
 USUAL = 512
@@ -102,7 +114,7 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
 
 def choose(pairs: Sequence[Pair], lengths: Sequence[int], budget: int, always: Collection[str] = ()) -> list[Pair]:
     """The held-out pairs in order: the longest, those named in `always`, and others while `budget` tokens last."""
-    numbers = [number for number, pair in enumerate(pairs) if _is_searched(pair)]
+    numbers = [number for number, pair in enumerate(pairs) if is_searched(pair)]
     by_length = sorted(numbers, key=lambda number: (-lengths[number], pairs[number].name))
     chosen = {*by_length[:LONGEST], *(number for number in numbers if pairs[number].name in always)}
     used = sum(lengths[number] for number in chosen)
@@ -117,10 +129,12 @@ def apart(pairs: Sequence[Pair], held_out: Sequence[Pair]) -> tuple[list[Pair], 
     """The development and the training pairs among `pairs`, in order, when `held_out` are searched."""
     held = {pair.name for pair in held_out}
     others = _unlike([pair for pair in pairs if pair.name not in held], held_out)
-    short = (n for n, p in enumerate(others) if _is_searched(p) and len(p.body) <= _DEVELOPMENT_CHARACTERS)
+    short = [n for n, pair in enumerate(others) if _is_short(pair)]
     chosen = set(_shuffled(short, others)[: min(DEVELOPMENT, len(others) // 3)])
-    development = [others[number] for number in sorted(chosen)]
-    return development, _unlike([pair for n, pair in enumerate(others) if n not in chosen], development)
+    training = _unlike([p for n, p in enumerate(others) if n not in chosen], [others[number] for number in chosen])
+    trained_on = {pair.name for pair in training}
+    development = [p for p in pairs if p.name not in held and p.name not in trained_on and _is_short(p)]
+    return development, training
 
 
 def _unlike(pairs: Sequence[Pair], others: Sequence[Pair]) -> list[Pair]:
@@ -150,7 +164,12 @@ def _runs(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[begin : begin + _RUN]) for begin in range(len(words) - _RUN + 1)}
 
 
-def _is_searched(pair: Pair) -> bool:
+def _is_short(pair: Pair) -> bool:
+    return is_searched(pair) and len(pair.body) <= _DEVELOPMENT_CHARACTERS
+
+
+def is_searched(pair: Pair) -> bool:
+    """Whether the demo may search it."""
     return pair.name.split(".")[0] in _SEARCHED
 
 

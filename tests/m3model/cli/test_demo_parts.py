@@ -86,7 +86,7 @@ def words(begin: int, count: int = 60) -> str:
     return " ".join(f"w{number}" for number in range(begin, begin + count))
 
 
-def test_no_body_is_like_one_of_another_set() -> None:
+def test_no_body_that_is_trained_on_is_like_another() -> None:
     held_out = [Pair("numpy.a", "s", words(0))]
     pairs = [
         *held_out,
@@ -97,7 +97,8 @@ def test_no_body_is_like_one_of_another_set() -> None:
         *(Pair(f"scipy.{n}", "s", words(1000 * n + 10)) for n in range(1, 31)),
     ]
     development, training = apart(pairs, held_out)
-    assert len(development) == 20 and {pair.name.split(".")[0] for pair in development} == {"torch"}
+    assert len(development) == 21 and {pair.name.split(".")[0] for pair in development} == {"torch"}
+    assert "torch.alike" in {pair.name for pair in development}
     names = {pair.name for pair in training}
     assert "scipy.apart" in names and not names & {"numpy.a", "torch.alike", "scipy.contained"}
     # scipy.N is like torch.N, which is in the development set or in that of training.
@@ -125,7 +126,7 @@ def test_the_three_sets_of_this_installation_are_disjoint() -> None:
     held_out = choose(pairs, lengths, 150_000)
     development, training = apart(pairs, held_out)
     sets = [held_out, development, training]
-    assert len(held_out) > 400 and len(development) == DEVELOPMENT and len(training) > 1000
+    assert len(held_out) > 400 and len(development) > DEVELOPMENT and len(training) > 1000
     for part in ("name", "summary", "body"):
         assert len({getattr(pair, part) for some in sets for pair in some}) == sum(map(len, sets))
     assert {pair.name.split(".")[0] for pair in held_out + development} == {"torch", "numpy"}
