@@ -17,6 +17,7 @@ kernels' layout.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,14 +55,28 @@ class PackedEncoder(nn.Module):
 
         max_length is an upper bound of the longest sequence; default T.
         """
-        return self.layers(self.embeddings(token_ids, offsets), offsets, max_length)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(self.embeddings)):
+            hidden = self.embeddings(token_ids, offsets)
+        return self.layers(hidden, offsets, max_length)
+
+    def train(self, mode: bool = True) -> PackedEncoder:
+        """As of all modules, but frozen parts stay in evaluation mode: there dropout would regularise nothing, and
+        without it they run on the kernels of inference."""
+        super().train(mode)
+        for part in (self.embeddings, *self.encoder.layer):
+            if _is_frozen(part):
+                part.eval()
+        return self
 
     def layers(self, hidden: Tensor, offsets: Tensor, max_length: int | None = None, first: int = 0) -> Tensor:
         """Run the layers from number `first` on over their input [T, E]; 0 starts at the embeddings' output."""
         layers = list(self.encoder.layer)[first:]
         seeds = self._dropout_seeds(len(layers))
         for layer, seed in zip(layers, seeds):
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if _is_frozen(layer) and not hidden.requires_grad:
+                with torch.no_grad():
+                    hidden = layer(hidden, offsets, max_length, seed)
+            elif self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, offsets, max_length, seed, use_reentrant=False)
             else:
                 hidden = layer(hidden, offsets, max_length, seed)
@@ -73,6 +88,13 @@ class PackedEncoder(nn.Module):
             return [0] * count
         seeds: list[int] = torch.randint(2**62, (count,)).tolist()
         return seeds
+
+    def set_dropout(self, probability: float) -> None:
+        """Train with this dropout of hidden states and attention in place of the config's."""
+        self.config = replace(self.config, hidden_dropout_prob=probability, attention_probs_dropout_prob=probability)
+        for module in self.modules():
+            if isinstance(module, (_Embeddings, _SelfAttention, _Residual)):
+                module.dropout = probability
 
     def initialize(self) -> None:
         """Random weights as Hugging Face draws them: normal with deviation 0.02, biases 0, LayerNorm 1 and 0."""
@@ -221,6 +243,10 @@ class _Residual(nn.Module):
 
 def _weight(layer: nn.Linear | QuantizedLinear) -> Tensor | PackedLinear:
     return layer.packed if isinstance(layer, QuantizedLinear) else layer.weight
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _fused(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ some texts (" ", literal special tokens) differently from one version to the nex
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -104,6 +106,10 @@ class TextTokenizer:
         """Number of ids, added tokens included."""
         size: int = self.backend.get_vocab_size(with_added_tokens=True)
         return size
+
+    def digest(self) -> str:
+        """Equal for tokenizers that make the same tokens of a text."""
+        return hashlib.sha256(self.files["tokenizer.json"] + tokenizers.__version__.encode()).hexdigest()
 
     def token(self, token_id: int) -> str:
         """The piece of vocabulary with this id, such as "▁the".

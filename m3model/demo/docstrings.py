@@ -1,12 +1,19 @@
-"""The demo's collection: docstrings of torch and numpy as pairs of a summary and the body that it summarises.
+"""The demo's texts: docstrings of torch, numpy and scipy as pairs of a summary and the body that it summarises.
 
     documents    what the modules in MODULES export and the methods of their classes, by name, each object once
     summary      first sentence, behind the signature that some docstrings start with
     body         everything after it, at least 200 characters
     no leak      a body that repeats its summary is left out; so is a summary or a body that occurred before
 
-All of it cannot be encoded in minutes. The LONGEST longest bodies are always taken, and those that the demo's questions
-ask for; the others, of at most USUAL tokens, follow in the order of a hash of their names until the tokens are used up.
+They fall into three sets without a common pair, and no body that is trained on is like one of the others (`_unlike`):
+
+    held out     torch and numpy: what the demo searches and measures. All cannot be encoded in minutes: the LONGEST
+                 longest bodies are taken and those that the demo's questions ask for, then others of at most USUAL
+                 tokens, from the end of the order of a hash of their names, until the tokens are used up
+    development  torch and numpy: DEVELOPMENT others from the beginning of that order, and those that are not trained on
+                 because their bodies are like others. Choices are made on them (benchmarks/report_demo.py); the demo
+                 itself leaves them alone
+    training     what is left, scipy included
 """
 
 from __future__ import annotations
@@ -17,13 +24,30 @@ import importlib
 import inspect
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-__all__ = ["LONGEST", "MODULES", "USUAL", "Pair", "choose", "collect", "shuffled", "split_docstring"]
+__all__ = [
+    "DEVELOPMENT",
+    "LONGEST",
+    "MODULES",
+    "USUAL",
+    "Pair",
+    "apart",
+    "choose",
+    "collect",
+    "is_searched",
+    "split_docstring",
+]
 
 LONGEST = 2
-USUAL = 1000
+USUAL = 512
+DEVELOPMENT = 450
+_DEVELOPMENT_CHARACTERS = 1700
+"""Of the longest body among them, about USUAL tokens."""
+_ALIKE = 0.5
+_RUN = 8
 MODULES = (
     *("numpy", "numpy.linalg", "numpy.fft", "numpy.random", "numpy.polynomial", "numpy.polynomial.polynomial"),
     *("numpy.lib.stride_tricks", "numpy.lib.format", "numpy.ma", "numpy.strings", "numpy.testing", "numpy.rec"),
@@ -35,7 +59,13 @@ MODULES = (
     *("torch.distributed", "torch.distributed.fsdp", "torch.profiler", "torch.jit", "torch.fx", "torch.export"),
     *("torch.compiler", "torch.library", "torch.hub", "torch.multiprocessing", "torch.random", "torch.testing"),
     *("torch.nested", "torch.masked", "torch.overrides", "torch.backends.cuda"),
+    *("scipy.cluster.hierarchy", "scipy.cluster.vq", "scipy.datasets", "scipy.differentiate", "scipy.fft"),
+    *("scipy.fftpack", "scipy.integrate", "scipy.interpolate", "scipy.io", "scipy.linalg", "scipy.ndimage"),
+    *("scipy.optimize", "scipy.signal", "scipy.signal.windows", "scipy.sparse", "scipy.sparse.linalg"),
+    *("scipy.sparse.csgraph", "scipy.spatial", "scipy.spatial.distance", "scipy.spatial.transform", "scipy.special"),
+    *("scipy.stats", "scipy.stats.contingency", "scipy.stats.mstats", "scipy.stats.qmc"),
 )
+_SEARCHED = ("torch", "numpy")
 _NO_SUMMARY = re.compile(r"(see |alias|in-?place version|deprecated|\.\. |note|warning|:)", re.IGNORECASE)
 _SIGNATURE = re.compile(r"[\w.*]+\(.*\)?( *-> *.*)?$", re.DOTALL)
 _SENTENCE = re.compile(r"(.*?[.!?])(?:\s+|$)(.*)", re.DOTALL)
@@ -50,7 +80,7 @@ class Pair(NamedTuple):
 
 
 def collect() -> list[Pair]:
-    """All pairs of this installation's torch and numpy, by the rule above."""
+    """All pairs of this installation, by the rule above."""
     pairs: list[Pair] = []
     seen: set[str] = set()
     for name, docstring in _docstrings():
@@ -83,20 +113,67 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
 
 
 def choose(pairs: Sequence[Pair], lengths: Sequence[int], budget: int, always: Collection[str] = ()) -> list[Pair]:
-    """The longest pairs, those named in `always`, and others by their hash while `budget` tokens last; in order."""
-    numbers = range(len(pairs))
+    """The held-out pairs in order: the longest, those named in `always`, and others while `budget` tokens last."""
+    numbers = [number for number, pair in enumerate(pairs) if is_searched(pair)]
     by_length = sorted(numbers, key=lambda number: (-lengths[number], pairs[number].name))
-    by_hash = [number for number in shuffled(numbers, pairs) if lengths[number] <= USUAL]
     chosen = {*by_length[:LONGEST], *(number for number in numbers if pairs[number].name in always)}
     used = sum(lengths[number] for number in chosen)
-    for number in by_hash:
-        if number not in chosen and used + lengths[number] <= budget:
+    for number in reversed(_shuffled(numbers, pairs)):
+        if number not in chosen and lengths[number] <= USUAL and used + lengths[number] <= budget:
             chosen.add(number)
             used += lengths[number]
     return [pairs[number] for number in sorted(chosen)]
 
 
-def shuffled(numbers: Iterable[int], pairs: Sequence[Pair]) -> list[int]:
+def apart(pairs: Sequence[Pair], held_out: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """The development and the training pairs among `pairs`, in order, when `held_out` are searched."""
+    held = {pair.name for pair in held_out}
+    others = _unlike([pair for pair in pairs if pair.name not in held], held_out)
+    short = [n for n, pair in enumerate(others) if _is_short(pair)]
+    chosen = set(_shuffled(short, others)[: min(DEVELOPMENT, len(others) // 3)])
+    training = _unlike([p for n, p in enumerate(others) if n not in chosen], [others[number] for number in chosen])
+    trained_on = {pair.name for pair in training}
+    development = [p for p in pairs if p.name not in held and p.name not in trained_on and _is_short(p)]
+    return development, training
+
+
+def _unlike(pairs: Sequence[Pair], others: Sequence[Pair]) -> list[Pair]:
+    """Those of `pairs` whose body is like none of `others`: they share at most half of the shorter one's runs of words.
+
+    The bodies of numpy.arccos and torch.arccos, or of one optimizer and the next, would let a set know another one.
+    """
+    holders: dict[tuple[str, ...], list[int]] = {}
+    sizes = []
+    for number, pair in enumerate(others):
+        runs = _runs(pair.body)
+        sizes.append(len(runs))
+        for run in runs:
+            holders.setdefault(run, []).append(number)
+    kept = []
+    for pair in pairs:
+        runs = _runs(pair.body)
+        shared = Counter(number for run in runs for number in holders.get(run, ()))
+        if all(count <= _ALIKE * min(len(runs), sizes[number]) for number, count in shared.items()):
+            kept.append(pair)
+    return kept
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    """All runs of _RUN words."""
+    words = _normalised(text).split()
+    return {tuple(words[begin : begin + _RUN]) for begin in range(len(words) - _RUN + 1)}
+
+
+def _is_short(pair: Pair) -> bool:
+    return is_searched(pair) and len(pair.body) <= _DEVELOPMENT_CHARACTERS
+
+
+def is_searched(pair: Pair) -> bool:
+    """Whether the demo may search it."""
+    return pair.name.split(".")[0] in _SEARCHED
+
+
+def _shuffled(numbers: Iterable[int], pairs: Sequence[Pair]) -> list[int]:
     """Numbers of pairs in the order of a hash of the pairs' names."""
     return sorted(numbers, key=lambda number: hashlib.sha256(pairs[number].name.encode()).digest())
 
@@ -125,7 +202,7 @@ def _docstrings() -> Iterator[tuple[str, str]]:
 
 def _is_documented(member: object) -> bool:
     home = getattr(member, "__module__", None) or "builtins"
-    ours = isinstance(home, str) and home.split(".")[0] in ("torch", "numpy", "builtins")
+    ours = isinstance(home, str) and home.split(".")[0] in ("torch", "numpy", "scipy", "builtins")
     return ours and callable(member) and isinstance(member.__doc__, str)
 
 

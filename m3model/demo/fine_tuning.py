@@ -1,6 +1,7 @@
-"""The demo's training: a few minutes of M3's loss on docstrings that are not in the collection.
+"""The demo's training: a few minutes of M3's loss on docstrings that are not searched.
 
-rows       summary -> body of pairs that the collection does not hold, so no body that is searched is trained on
+rows       summary -> body of the training pairs, in FOLDER/train a file for each module that fills a batch and one for
+           the rest of each package. A batch comes from one file: the bodies of one module are the harder negatives
 loss       all three heads and their hybrid; the other bodies of a batch are negatives. No distillation: these few steps
            are what the paper calls warm-up (section 3.3), and heads that are made alike add less to each other
 weights    embeddings and the first LAYERS_FROZEN layers stay: less than half of the work of a step is left
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,13 @@ from m3model.files import write_whole
 from m3model.model import M3Model
 from m3model.retrieval import fingerprint
 
-__all__ = ["fine_tuned"]
+__all__ = ["HYBRID_WEIGHTS", "UNTRAINED_WEIGHTS", "Weights", "fine_tuned"]
+
+Weights = tuple[float, float, float]
+HYBRID_WEIGHTS: Weights = (1.0, 0.3, 2.0)
+"""Of dense, sparse and multi-vector in the hybrid of the trained model."""
+UNTRAINED_WEIGHTS: Weights = (1.0, 0.3, 3.0)
+"""Of the model before."""
 
 _RECIPE: dict[str, Any] = {
     "per_device_train_batch_size": 32,
@@ -35,26 +43,25 @@ _RECIPE: dict[str, Any] = {
     "self_distill": False,
     "frozen_layers": 6,
     "warmup_steps": 0.1,
-    "seed": 1,
+    "dropout": 0.0,  # no row comes twice
 }
 _SAVE_STEPS = 10
 _BODY_CHARACTERS = 1000
 
 
-def fine_tuned(model: M3Model, pairs: Sequence[Pair], folder: Path, steps: int) -> M3Model:
+def fine_tuned(model: M3Model, pairs: Sequence[Pair], folder: Path, steps: int, seed: int) -> M3Model:
     """`model` trained on `pairs` for `steps` steps, from FOLDER/trained if that is what it holds.
 
     Args:
         pairs: at least as many as a batch holds.
         folder: of the demo.
     """
-    rows = [json.dumps({"query": pair.summary, "pos": [pair.body[:_BODY_CHARACTERS]]}) + "\n" for pair in pairs]
-    data = folder / "train.jsonl"
-    write_whole(data, "".join(rows))
+    rows = _files(pairs)
     made_of = {
         "steps": steps,
-        "rows": hashlib.sha256("".join(rows).encode()).hexdigest(),
+        "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         "start": fingerprint(model),
+        "seed": seed,
         **_RECIPE,
     }
     target, work = folder / "trained", folder / "training"
@@ -67,14 +74,31 @@ def fine_tuned(model: M3Model, pairs: Sequence[Pair], folder: Path, steps: int) 
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     write_whole(marker, json.dumps(made_of))
-    _train(model, data, work, steps)
+    data = folder / "train"
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir()
+    for name, content in rows.items():
+        write_whole(data / f"{name}.jsonl", content)
+    _train(model, [data / f"{name}.jsonl" for name in rows], work, steps, seed)
     model.config = replace(model.config, others={**model.config.others, "fine_tuned": made_of})
     model.save_pretrained(target)
     shutil.rmtree(work)
     return model.eval()
 
 
-def _train(model: M3Model, data: Path, work: Path, steps: int) -> None:
+def _files(pairs: Sequence[Pair]) -> dict[str, str]:
+    """The rows of each file by its name, as JSON lines."""
+    modules = [".".join(pair.name.split(".")[:2]) for pair in pairs]
+    sizes, files = Counter(modules), dict[str, str]()
+    for module, pair in sorted(zip(modules, pairs)):
+        alone = sizes[module] >= _RECIPE["per_device_train_batch_size"]
+        name = module if alone else module.split(".")[0]
+        row = json.dumps({"query": pair.summary, "pos": [pair.body[:_BODY_CHARACTERS]]})
+        files[name] = files.get(name, "") + row + "\n"
+    return files
+
+
+def _train(model: M3Model, files: Sequence[Path], work: Path, steps: int, seed: int) -> None:
     from transformers.trainer_callback import PrinterCallback
 
     from m3model.cli.train_progress import TrainingBar
@@ -88,10 +112,13 @@ def _train(model: M3Model, data: Path, work: Path, steps: int) -> None:
         logging_steps=4,
         disable_tqdm=True,
         use_cpu=model.device.type == "cpu",
+        seed=seed,
         **_RECIPE,
     )
     bar = TrainingBar()
-    trainer = M3Trainer(model, arguments, TrainingDataset([DataSource(data)]), callbacks=[bar])
+    trainer = M3Trainer(
+        model, arguments, TrainingDataset([DataSource(file, name=file.stem) for file in files]), callbacks=[bar]
+    )
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(work))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
@@ -68,6 +69,12 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata=_help('Largest batch for rows of up to so many tokens, as JSON: {"500": 48, "2000": 20}.'),
     )
+    token_lengths: str | None = field(
+        default=None,
+        metadata=_help(
+            "Folder that keeps the rows' token lengths, also for other runs; default OUTPUT_DIR/token_lengths."
+        ),
+    )
     sub_batch_tokens: int | None = field(
         default=None,
         metadata=_help(
@@ -80,6 +87,9 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
     freeze_word_embeddings: bool = field(default=False, metadata=_help("Leave the word embeddings as they are."))
     frozen_layers: int = field(
         default=0, metadata=_help("Leave all embeddings and so many first layers as they are; they need no backward.")
+    )
+    dropout: float | None = field(
+        default=None, metadata=_help("Dropout of hidden states and attention; default what the model's config says.")
     )
     dead_sparse_steps: int = field(
         default=20, metadata=_help("Warn when so many steps in a row have no token weight above zero.")
@@ -150,6 +160,8 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
             raise ValueError(f"teacher_loss is {self.teacher_loss!r}; accepted: {', '.join(_TEACHER_LOSSES)}")
         if self.head_learning_rate is not None and not self.head_learning_rate > 0:
             raise ValueError(f"head_learning_rate is {self.head_learning_rate}; accepted: above 0")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; accepted: at least 0 and below 1")
         if not self.in_batch_negatives and self.group_size < 2:
             raise ValueError("group_size is 1 without in_batch_negatives; nothing would be a negative")
         self._refuse_what_cannot_be_served()
@@ -164,6 +176,10 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
             return None
         assert isinstance(self.length_buckets, Mapping)
         return {int(length): int(size) for length, size in self.length_buckets.items()}
+
+    def lengths_folder(self) -> Path:
+        """Where token lengths are kept."""
+        return Path(self.output_dir, "token_lengths") if self.token_lengths is None else Path(self.token_lengths)
 
     def _process_fsdp_args(self) -> None:
         """Keep `fsdp` from accelerate: the trainer itself cuts the weights over the processes, also on CPUs."""

@@ -28,7 +28,14 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from m3model.training.data import TrainingDataError, TrainingDataset, TrainingRow, largest_group
 
-__all__ = ["LengthGroupedBatchSampler", "TokenizerFunction", "TrainingBatch", "TrainingCollator", "token_lengths"]
+__all__ = [
+    "MEASURED_CHARACTERS",
+    "LengthGroupedBatchSampler",
+    "TokenizerFunction",
+    "TrainingBatch",
+    "TrainingCollator",
+    "token_lengths",
+]
 
 TokenizerFunction = Callable[[list[str], int], tuple[Tensor, Tensor]]
 """Texts and the longest length in tokens -> packed ids int32 [T] and offsets int32 [N + 1], as `M3Model.tokenize`."""
@@ -38,9 +45,7 @@ Numbers = NDArray[np.int64]
 _POOL_BATCHES = 32
 _SHUFFLED_CHARACTERS = 100
 """A positive of at most so many characters keeps its order under shuffle_ratio, as in FlagEmbedding."""
-
-
-_MEASURED_CHARACTERS = 256
+MEASURED_CHARACTERS = 256
 """So much of a text is tokenized to estimate its tokens; one language has about one number of characters a token."""
 _MEASURED_ROWS = 4096
 
@@ -192,10 +197,13 @@ class LengthGroupedBatchSampler(BatchSampler):
 
 
 def token_lengths(
-    dataset: TrainingDataset, tokenizer_function: TokenizerFunction, max_length: int, numbers: range | None = None
+    dataset: TrainingDataset,
+    tokenizer_function: TokenizerFunction,
+    max_length: int,
+    numbers: Sequence[int] | Numbers | None = None,
 ) -> NDArray[np.int32]:
-    """Tokens of the longest text of each row, int32 [N], for `LengthGroupedBatchSampler`; of the rows `numbers`
-    (consecutive ones) alone where these are given.
+    """Tokens of the longest text of each row, int32 [N], for `LengthGroupedBatchSampler`; of the rows `numbers` alone
+    where these are given.
 
     Texts of up to 256 characters are counted, of longer ones the first 256, and the rest is taken to be like them:
     characters alone would put Chinese of 1.6 characters a token beside English of 4.5. More than max_length counts as
@@ -211,8 +219,8 @@ def token_lengths(
     for begin in range(0, len(numbers), _MEASURED_ROWS):
         rows = (dataset[index] for index in numbers[begin : begin + _MEASURED_ROWS])
         texts = [max((row.query, *row.positives, *row.negatives), key=len) for row in rows]
-        _, offsets = tokenizer_function([text[:_MEASURED_CHARACTERS] for text in texts], max_length)
-        parts = np.array([len(text) / min(len(text), _MEASURED_CHARACTERS) for text in texts])
+        _, offsets = tokenizer_function([text[:MEASURED_CHARACTERS] for text in texts], max_length)
+        parts = np.array([len(text) / min(len(text), MEASURED_CHARACTERS) for text in texts])
         tokens = np.minimum(np.ceil(np.diff(offsets.numpy()) * parts), max_length)
         found[begin : begin + len(texts)] = tokens
     return found

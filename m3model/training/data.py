@@ -142,6 +142,7 @@ class TrainingDataset(torch.utils.data.Dataset[TrainingRow]):
 
     Attributes:
         sources: as given.
+        digests: of the rows of each source, equal for files of equal rows.
         character_lengths: int32 [N], characters of the longest text of each row.
         negative_counts: int32 [N], negatives of each row.
         tasks: int32 [N]; rows of equal numbers may share a batch: one source, one type, groups of one size, and all of
@@ -172,9 +173,12 @@ class TrainingDataset(torch.utils.data.Dataset[TrainingRow]):
         shared, shared_rows = array("Q"), array("i")
         task_numbers: dict[tuple[int, str | None, int | None, bool], int] = {}
         ends: list[int] = []
+        digests: list[str] = []
         for number, file in enumerate(self._files):
+            content = hashlib.blake2b(digest_size=16)
             with file.path.open("rb") as stream:
                 for line in training_lines(stream, file.shown):
+                    content.update(line.content)
                     row = parse_training_row(line, file.shown, len(begins))
                     shared.extend(_digests(row))
                     shared_rows.extend([len(begins)] * (1 + len(row.positives)))
@@ -189,6 +193,8 @@ class TrainingDataset(torch.utils.data.Dataset[TrainingRow]):
             if len(begins) == (ends[-1] if ends else 0):
                 raise _empty(file.shown)
             ends.append(len(begins))
+            digests.append(content.hexdigest())
+        self.digests = tuple(digests)
         self._ends = np.array(ends)
         self._begins, self._sizes, self._lines = (np.array(column) for column in (begins, sizes, lines))
         self.character_lengths: Lengths = np.array(lengths, dtype=np.int32)
@@ -221,6 +227,10 @@ class TrainingDataset(torch.utils.data.Dataset[TrainingRow]):
         if not 0 <= index < len(self):
             raise IndexError(f"index is {index}; the dataset has rows 0 to {len(self) - 1}")
         return int(np.searchsorted(self._ends, index, side="right"))
+
+    def rows_of(self, source: int) -> range:
+        """Numbers of the rows of source number `source`."""
+        return range(int(self._ends[source - 1]) if source else 0, int(self._ends[source]))
 
     def location(self, index: int) -> str:
         """file:line of row `index`."""

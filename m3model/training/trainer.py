@@ -45,10 +45,17 @@ from m3model.files import flush
 from m3model.model import M3Model, Role
 from m3model.scoring import HEADS
 from m3model.training.arguments import M3TrainingArguments
-from m3model.training.batching import LengthGroupedBatchSampler, TrainingBatch, TrainingCollator, token_lengths
+from m3model.training.batching import (
+    MEASURED_CHARACTERS,
+    LengthGroupedBatchSampler,
+    TrainingBatch,
+    TrainingCollator,
+    token_lengths,
+)
 from m3model.training.data import TrainingDataset, TrainingRow
 from m3model.training.dev_set import DevSet
 from m3model.training.distributed import gather_embeddings
+from m3model.training.length_cache import LengthCache
 from m3model.training.losses import M3Loss, m3_loss
 from m3model.training.sharding import gathered_model, gathered_state, is_sharded, load_sharded, shard, sharded_state
 from m3model.training.split_batch import split_batch_backward
@@ -104,8 +111,9 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             train_dataset.check_negatives(args.group_size)
         if eval_dataset is not None and not isinstance(eval_dataset, DevSet):
             eval_dataset = DevSet(eval_dataset, args.query_instruction, args.passage_instruction)
+        self._tokenize = _Tokenize(model, "passage", args.passage_max_length)
         self._collator = TrainingCollator(
-            _Tokenize(model, "passage", args.passage_max_length),
+            self._tokenize,
             query_tokenizer_function=_Tokenize(model, "query", args.query_max_length),
             group_size=args.group_size,
             query_max_length=args.query_max_length,
@@ -116,6 +124,8 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             shuffle_ratio=args.shuffle_ratio,
         )
         _freeze(model, args)
+        if args.dropout is not None:
+            model.backbone.set_dropout(args.dropout)
         # transformers writes into the configuration of its own models, and this one may not change.
         config, model.config = model.config, None  # type: ignore[assignment]
         try:
@@ -177,16 +187,34 @@ class M3Trainer(Trainer):  # type: ignore[misc]
         )
 
     def _measured_lengths(self) -> NDArray[np.int32]:
-        """Tokens of every row; each process measures its share of them."""
-        args, rows = self.args, len(self.train_dataset)
-        bounds = [rows * rank // args.world_size for rank in range(args.world_size + 1)]
-        share = range(bounds[args.process_index], bounds[args.process_index + 1])
-        own = token_lengths(self.train_dataset, self._collator.tokenizer_function, args.passage_max_length, share)
-        if args.world_size == 1:
-            return own
-        parts: list[Any] = [None] * args.world_size
-        dist.all_gather_object(parts, own)
-        return np.concatenate(parts)
+        """Tokens of every row: those of a file that was measured before come out of the cache, which the first process
+        alone reads and writes; of the other files each process measures its share."""
+        args, data, tokenize = self.args, self.train_dataset, self._tokenize
+        cache = LengthCache(args.lengths_folder(), *tokenize.measure, args.passage_max_length, MEASURED_CHARACTERS)
+        files = [data.rows_of(number) for number in range(len(data.sources))]
+        kept: list[Any] = [None] * len(files)
+        if args.process_index == 0:
+            kept = [cache.load(digest, len(rows)) for digest, rows in zip(data.digests, files)]
+        if args.world_size > 1:
+            dist.broadcast_object_list(kept)
+        absent = np.concatenate(
+            [np.arange(rows.start, rows.stop if held is None else rows.start) for rows, held in zip(files, kept)]
+        )
+        bounds = [len(absent) * rank // args.world_size for rank in range(args.world_size + 1)]
+        share = absent[bounds[args.process_index] : bounds[args.process_index + 1]]
+        parts: list[Any] = [token_lengths(data, tokenize, args.passage_max_length, share)]
+        if args.world_size > 1:
+            own, parts = parts[0], [None] * args.world_size
+            dist.all_gather_object(parts, own)
+        lengths = np.empty(len(data), dtype=np.int32)
+        lengths[absent] = np.concatenate(parts)
+        for digest, rows, held in zip(data.digests, files, kept):
+            part = lengths[rows.start : rows.stop]
+            if held is not None:
+                part[:] = held
+            elif args.process_index == 0:
+                cache.store(digest, part)
+        return lengths
 
     # ---- Step
 
@@ -478,6 +506,11 @@ class _Tokenize:
 
     def __init__(self, model: M3Model, role: Role, max_length: int) -> None:
         self._tokenizer, self._limit, self._prefix = model.tokenization(max_length, role)
+
+    @property
+    def measure(self) -> tuple[str, str, int]:
+        """What the tokens of a text depend on: tokenizer, prefix and the largest number."""
+        return self._tokenizer.digest(), self._prefix, self._limit
 
     def __call__(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
         return pack_ids(self._tokenizer.encode(texts, min(max_length, self._limit), self._prefix).ids)

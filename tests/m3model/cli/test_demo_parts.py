@@ -1,23 +1,22 @@
-"""Parts of the demo: how docstrings become pairs, how they are chosen, what the fitted sparse head knows."""
+"""Parts of the demo: how docstrings become pairs in three sets, what the fitted sparse head knows, what is measured."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import torch
 
 from m3model import M3Model
-from m3model.demo import hybrid_weights
-from m3model.demo.docstrings import LONGEST, USUAL, Pair, choose, collect, split_docstring
-from m3model.demo.hybrid_weights import LEAST_PAIRS, SPARSE_WEIGHTS, chosen_weights, reciprocal_ranks
+from m3model.demo.docstrings import DEVELOPMENT, LONGEST, USUAL, Pair, apart, choose, collect, split_docstring
+from m3model.demo.fine_tuning import _files
+from m3model.demo.measuring import lead, measure, reciprocal
 from m3model.demo.questions import QUESTIONS
-from m3model.demo.run import _mrr
 from m3model.demo.token_weights import SCALE, fit_token_weights
-from m3model.scoring import DEFAULT_WEIGHTS
+from m3model.retrieval import Ranking
 
 BODY = "Parameters and returns. " * 10
 
@@ -59,7 +58,7 @@ def test_docstrings_without_a_pair_are_left_out(docstring: str) -> None:
 
 def test_the_collection_has_no_leaks_and_no_duplicates_and_answers_the_questions() -> None:
     pairs = collect()
-    assert len(pairs) > 1000 and {pair.name.split(".")[0] for pair in pairs} == {"torch", "numpy"}
+    assert len(pairs) > 1000 and {pair.name.split(".")[0] for pair in pairs} == {"torch", "numpy", "scipy"}
     for part in ("name", "summary", "body"):
         assert len({getattr(pair, part) for pair in pairs}) == len(pairs)
     assert not [pair for pair in pairs if pair.summary.lower() in pair.body.lower()]
@@ -69,16 +68,69 @@ def test_the_collection_has_no_leaks_and_no_duplicates_and_answers_the_questions
 
 
 def test_the_longest_and_the_named_are_always_chosen_and_the_budget_kept() -> None:
-    pairs = [Pair(f"p{n}", "s", "b") for n in range(100)]
+    pairs = [Pair(f"numpy.p{n}", "s", "b") for n in range(100)]
     lengths = list(range(100))
-    chosen = choose(pairs, lengths, 1500, {"p3", "p50", "elsewhere"})
+    chosen = choose(pairs, lengths, 1500, {"numpy.p3", "numpy.p50", "elsewhere"})
     names = [pair.name for pair in chosen]
-    assert {*(f"p{n}" for n in range(100 - LONGEST, 100)), "p3", "p50"} <= set(names)
-    assert sum(int(name[1:]) for name in names) <= 1500 and names == sorted(names, key=lambda name: int(name[1:]))
-    assert chosen == choose(pairs, lengths, 1500, {"p50", "p3"})
-    assert set(names) < {pair.name for pair in choose(pairs, lengths, 3000, {"p3", "p50"})}
+    numbers = [int(name.removeprefix("numpy.p")) for name in names]
+    assert {*range(100 - LONGEST, 100), 3, 50} <= set(numbers)
+    assert sum(numbers) <= 1500 and numbers == sorted(numbers)
+    assert chosen == choose(pairs, lengths, 1500, {"numpy.p50", "numpy.p3"})
+    assert set(names) < {pair.name for pair in choose(pairs, lengths, 3000, {"numpy.p3", "numpy.p50"})}
     long = [length + USUAL - 90 for length in lengths]
-    assert len(choose(pairs, long, 10**6, {"p97"})) == 91 + LONGEST + 1
+    assert len(choose(pairs, long, 10**6, {"numpy.p97"})) == 91 + LONGEST + 1
+    assert choose([Pair("scipy.p", "s", "b")], [10], 100) == []
+
+
+def words(begin: int, count: int = 60) -> str:
+    return " ".join(f"w{number}" for number in range(begin, begin + count))
+
+
+def test_no_body_that_is_trained_on_is_like_another() -> None:
+    held_out = [Pair("numpy.a", "s", words(0))]
+    pairs = [
+        *held_out,
+        Pair("torch.alike", "s", words(20)),  # 33 of 53 runs of eight words
+        Pair("scipy.contained", "s", f"{words(10, 20)} {words(9000, 5)}"),
+        Pair("scipy.apart", "s", words(40)),  # 13 of 53
+        *(Pair(f"torch.{n}", "s", words(1000 * n)) for n in range(1, 31)),
+        *(Pair(f"scipy.{n}", "s", words(1000 * n + 10)) for n in range(1, 31)),
+    ]
+    development, training = apart(pairs, held_out)
+    assert len(development) == 21 and {pair.name.split(".")[0] for pair in development} == {"torch"}
+    assert "torch.alike" in {pair.name for pair in development}
+    names = {pair.name for pair in training}
+    assert "scipy.apart" in names and not names & {"numpy.a", "torch.alike", "scipy.contained"}
+    # scipy.N is like torch.N, which is in the development set or in that of training.
+    chosen = {pair.name.split(".")[1] for pair in development}
+    assert names == {
+        "scipy.apart",
+        *(f"{p}.{n}" for n in range(1, 31) for p in ("torch", "scipy") if str(n) not in chosen),
+    }
+
+
+def test_a_module_that_fills_a_batch_has_a_file_of_its_own() -> None:
+    pairs = [Pair(f"{module}.{n}", f"{module} {n}", "b") for n in range(32) for module in ("torch.nn", "numpy.fft")]
+    pairs += [Pair(f"numpy.{n}", f"numpy {n}", "b") for n in range(3)]
+    pairs = [pair for pair in pairs if pair.name != "numpy.fft.7"]
+    files = _files(pairs)
+    rows = {name: [json.loads(line)["query"] for line in content.splitlines()] for name, content in files.items()}
+    assert {name: len(found) for name, found in rows.items()} == {"torch.nn": 32, "numpy": 34}
+    assert sorted(rows["torch.nn"] + rows["numpy"]) == sorted(pair.summary for pair in pairs)
+    assert files == _files(pairs[::-1])
+
+
+def test_the_three_sets_of_this_installation_are_disjoint() -> None:
+    pairs = collect()
+    lengths = [len(pair.body) // 4 for pair in pairs]
+    held_out = choose(pairs, lengths, 150_000)
+    development, training = apart(pairs, held_out)
+    sets = [held_out, development, training]
+    assert len(held_out) > 400 and len(development) > DEVELOPMENT and len(training) > 1000
+    for part in ("name", "summary", "body"):
+        assert len({getattr(pair, part) for some in sets for pair in some}) == sum(map(len, sets))
+    assert {pair.name.split(".")[0] for pair in held_out + development} == {"torch", "numpy"}
+    assert apart(pairs, held_out) == (development, training)
 
 
 def test_the_collection_is_the_same_in_every_process() -> None:
@@ -104,24 +156,35 @@ def test_the_fitted_head_gives_rare_tokens_more_weight(model: M3Model, folder: o
     assert token["▁river"] == pytest.approx(SCALE * np.sqrt(np.log1p(39.5 / 1.5)), rel=0.5)
 
 
-def test_the_sparse_weight_is_the_one_that_ranks_best(model: M3Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = [Pair(f"p{n}", f"where is {n}", f"the city of {n}") for n in range(LEAST_PAIRS)]
-    count = len(pairs)
-    right, wrong = torch.eye(count), torch.eye(count).roll(1, 1)
-    # Dense is misled by 0.25, which takes a sparse weight above 0.25; multi-vector knows nothing.
-    scores = {"dense": 0.25 * wrong, "sparse": right, "multi_vector": torch.zeros(count, count)}
-    monkeypatch.setattr(hybrid_weights, "head_scores", lambda head, queries, passages: scores[head])
-    assert chosen_weights(model, pairs) == (1.0, 0.3, 1.0)
-    scores["sparse"] = wrong
-    assert chosen_weights(model, pairs) == (1.0, SPARSE_WEIGHTS[0], 1.0)
-    assert chosen_weights(model, pairs[1:]) == DEFAULT_WEIGHTS
+class Index:
+    """A search that finds twelve documents with given scores, best hybrid score first."""
+
+    def __init__(self, scores: dict[str, list[float]]) -> None:
+        columns = {name: np.array(values, dtype=np.float32) for name, values in scores.items()}
+        order = np.argsort(-columns["score"], kind="stable")
+        self.found = Ranking([f"p{n}" for n in order], **{name: values[order] for name, values in columns.items()})
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def search(self, queries: object, k: int, **_options: object) -> list[Ranking]:
+        assert k == len(self.found)
+        return [self.found] * 2
 
 
-def test_reciprocal_ranks_end_at_ten() -> None:
-    scores = torch.zeros(12, 12) - torch.arange(12.0)  # the first column scores highest in every row
-    expected = [1 / place if place <= 10 else 0.0 for place in range(1, 13)]
-    assert reciprocal_ranks(scores).tolist() == pytest.approx(expected)
+def test_a_body_stands_behind_all_that_score_as_much(model: M3Model) -> None:
+    falling = [1 - n / 100 for n in range(12)]
+    scores = {"dense": falling, "sparse": [0.5] * 12, "multi_vector": falling[::-1], "score": [0.0, *falling[:11]]}
+    pairs = [Pair("p0", "river", "b"), Pair("p2", "city", "b")]
+    found = measure(Index(scores), model, pairs, (1.0, 0.3, 1.0))
+    # Twelve sparse scores are equal, so each body stands at the twelfth place.
+    assert found.places == {"dense": [1, 3], "sparse": [0, 0], "multi_vector": [0, 10], "all": [0, 2]}
 
 
-def test_the_reciprocal_rank_of_what_is_not_found_is_zero() -> None:
-    assert _mrr([1, 2, 0, 4]) == pytest.approx((1 + 0.5 + 0.25) / 4)
+def test_places_beyond_the_tenth_count_nothing_and_leads_are_paired() -> None:
+    assert reciprocal([1, 2, 0, 4]).tolist() == [1, 0.5, 0, 0.25]
+    found = lead({"all": [1, 2, 1, 0], "dense": [2, 2, 1, 0]}, "dense")
+    gains = [0.5, 0, 0, 0]
+    assert found.mean == pytest.approx(0.125)
+    assert found.error == pytest.approx(np.std(gains, ddof=1) / 2)
+    assert lead({"all": [1, 2], "dense": [1, 2]}, "dense") == (0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from typer.testing import CliRunner, Result
 
 from m3model import M3Model
 from m3model.cli.app import app
-from m3model.demo import fine_tuning, run
+from m3model.demo import collection, fine_tuning, measuring, run
 from m3model.demo.docstrings import Pair
 from m3model.retrieval import ExactIndex
 from m3model.training import M3Trainer
 
 EXTRA = [
     Pair(f"numpy.{a}_{b}_{n}", f"what is {a} {b} {n}", f"{b} {n} and {a} of the north " * 3)
-    for n in range(4)
+    for n in range(5)
     for a, b in itertools.permutations(["open", "close", "list", "file", "query"], 2)
 ]
 WORDS = ["river", "mountain", "city", "bridge", "matrix", "vector", "sort", "list"]
@@ -38,13 +39,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         return folder if folder.is_dir() else write_folder(folder)
 
     monkeypatch.setattr(run, "make_embedded_backbone", tiny)
-    monkeypatch.setattr(run, "collect", lambda: PAIRS + EXTRA)
-    monkeypatch.setattr(run, "choose", lambda pairs, *_rest: pairs[: len(PAIRS)])
+    monkeypatch.setattr(collection, "collect", lambda: PAIRS + EXTRA)
+    monkeypatch.setattr(collection, "choose", lambda pairs, *_rest: pairs[: len(PAIRS)])
     monkeypatch.setitem(fine_tuning._RECIPE, "frozen_layers", 1)
 
 
-def demo(folder: Path) -> Result:
-    return CliRunner().invoke(app, ["--traceback", "demo", "--folder", str(folder), "--steps", "4"])
+def demo(folder: Path, *options: str) -> Result:
+    return CliRunner().invoke(app, ["--traceback", "demo", "--folder", str(folder), "--steps", "4", *options])
 
 
 @pytest.mark.usefixtures("small")
@@ -61,14 +62,16 @@ def test_the_demo_ends_with_figures_answers_and_commands_and_is_not_repeated(tmp
     for word in (
         "MRR@10_before",
         "MRR@10_after",
-        "train: 4 steps on 67 pairs",
-        "chosen on 13 pairs",
+        "train: 4 steps on 67 other pairs",
         "step 4 of 4: loss",
     ):
         assert word in result.output
-    trained = [json.loads(line)["query"] for line in (folder / "train.jsonl").read_text().splitlines()]
-    assert len(trained) == 67 and set(trained) < {pair.summary for pair in EXTRA}
-    assert "from that of the best head" in " ".join(result.stdout.split())
+    rows = [json.loads(line)["query"] for file in (folder / "train").iterdir() for line in file.open()]
+    assert len(rows) == 67 and set(rows) < {pair.summary for pair in EXTRA}
+    assert re.search(
+        r"The lead of its MRR@10: [+-]\S+ ± \S+ on dense, .* on sparse, .* on multi-vector",
+        " ".join(result.stdout.split()),
+    )
     assert not (folder / "training").exists()
     assert ExactIndex.load(folder / "index").metadata["model"] == str((folder / "trained").resolve())
 
@@ -82,6 +85,11 @@ def test_the_demo_ends_with_figures_answers_and_commands_and_is_not_repeated(tmp
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
     assert weights == (folder / "model" / "sparse_linear.pt").read_bytes()
     assert stamp == (folder / "trained" / "config.json").stat().st_mtime_ns and "step 4 of 4" not in again.output
+    trained_before = M3Model.from_pretrained(folder / "trained").state_dict()
+    other = demo(folder, "--seed", "2")
+    assert other.exit_code == 0 and "step 4 of 4" in other.output and "documents were there" not in other.stderr
+    trained_after = M3Model.from_pretrained(folder / "trained").state_dict()
+    assert any(not torch.equal(trained_after[name], tensor) for name, tensor in trained_before.items())
 
 
 @pytest.mark.usefixtures("small")
@@ -96,7 +104,7 @@ def test_a_demo_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         if calls.count(stage) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_BLOCK", 8)
+    monkeypatch.setattr(measuring, "_BLOCK", 8)
     with monkeypatch.context() as patch:
         patch.setattr(ExactIndex, "save", stop_at_the_second)
         assert demo(folder).exit_code != 0

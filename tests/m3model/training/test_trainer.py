@@ -244,6 +244,39 @@ def train_on_a_rank(model: Path, data: Path, out: Path, changes: dict[str, Any])
         )
 
 
+def measure_on_a_rank(model: Path, data: Path, added: Path, out: Path) -> None:
+    """Lengths of one file, of it and another one, and of both again."""
+    measured: list[int] = []
+    real = trainer_module.token_lengths
+
+    def watched(*arguments: Any) -> Any:
+        measured.extend(arguments[3])
+        return real(*arguments)
+
+    trainer_module.token_lengths = watched
+    for files, shares in (
+        ([data], [range(12), range(12, 24)]),
+        ([added, data], [range(3), range(3, 7)]),
+        ([added], 2 * [[]]),
+    ):
+        arguments = M3TrainingArguments(output_dir=str(out), group_size=1, use_cpu=True, ddp_backend="gloo")
+        dataset = TrainingDataset([DataSource(file) for file in files])
+        trainer = M3Trainer(M3Model.from_pretrained(model), arguments, dataset)
+        measured.clear()
+        trainer.get_train_dataloader()
+        assert measured == [*shares[arguments.process_index]]
+        alone = real(dataset, trainer._collator.tokenizer_function, arguments.passage_max_length)
+        assert trainer._lengths.tolist() == alone.tolist()
+
+
+def test_processes_share_what_an_earlier_run_measured(folder: Path, data: Path, tmp_path: Path) -> None:
+    added = tmp_path / "added.jsonl"
+    added.write_text("".join(data.read_text().splitlines(keepends=True)[:7]))
+    on_ranks(2, measure_on_a_rank, folder, data, added, tmp_path / "run")
+    kept = sorted((tmp_path / "run" / "token_lengths").iterdir())
+    assert len(kept) == 2 and {path.suffix for path in kept} == {".npz"}
+
+
 def whole_weights(trainer: M3Trainer) -> dict[str, Tensor]:
     return weights(gathered_model(trainer.model) if trainer.args.fsdp else trainer.model)
 
@@ -254,6 +287,7 @@ def whole_weights(trainer: M3Trainer) -> dict[str, Tensor]:
         (2, {}),
         (4, {}),
         (2, {"fsdp": True, "gradient_checkpointing": True}),
+        (2, {"fsdp": True, "frozen_layers": 1}),
         pytest.param(2, {**zero(1), "sub_batch_tokens": None}, marks=needs_deepspeed),
         pytest.param(2, zero(2), marks=needs_deepspeed),
         pytest.param(2, {**zero(2), "gradient_accumulation_steps": 2}, marks=needs_deepspeed),
@@ -401,7 +435,7 @@ def check_disk_full(folder: Path, data: Path, out: Path, scratch: Path) -> None:
     trainer = make(folder, data, out)
     with pytest.raises(OSError, match=r"checkpoint-4 cannot be written.*checkpoint-2"):
         trainer.train()
-    assert sorted(path.name for path in out.glob("*")) == ["checkpoint-2"]
+    assert sorted(path.name for path in out.glob("*")) == ["checkpoint-2", "token_lengths"]
     assert not (out / ".unfinished").exists()
     resumed = make(folder, data, out, save_strategy="no")
     resumed.train(resume_from_checkpoint=last_checkpoint(out))
@@ -460,6 +494,7 @@ def test_frozen_layers_stay_as_they_are(folder: Path, data: Path, tmp_path: Path
     before = weights(trainer.model)
     trainer.train()
     after = weights(trainer.model)
+    assert [layer.training for layer in trainer.model.backbone.encoder.layer] == [False, True]
     for name in before:
         frozen = name.startswith(("backbone.embeddings", "backbone.encoder.layer.0."))
         # The bias of the keys moves no score.
@@ -467,6 +502,30 @@ def test_frozen_layers_stay_as_they_are(folder: Path, data: Path, tmp_path: Path
             assert torch.equal(before[name], after[name]) == frozen, name
     with pytest.raises(ValueError, match="frozen_layers is 3; the backbone has 2"):
         make(folder, data, tmp_path, frozen_layers=3)
+
+
+def test_frozen_layers_give_what_they_gave_before(still: Path, data: Path, tmp_path: Path) -> None:
+    losses = []
+    for frozen in (0, 1):
+        trainer = make(still, data, tmp_path / str(frozen), frozen_layers=frozen, max_steps=1, save_strategy="no")
+        trainer.train()
+        losses.append(curve(trainer))
+    # The kernels of inference add up in another order.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_dropout_may_differ_from_that_of_the_config(folder: Path, still: Path, data: Path, tmp_path: Path) -> None:
+    shared = {"max_steps": 3, "save_strategy": "no"}
+    trainers = [
+        make(model, data, tmp_path / str(number), dropout=dropout, **shared)
+        for number, (model, dropout) in enumerate([(folder, 0.0), (still, None), (folder, None), (still, 0.1)])
+    ]
+    for trainer in trainers:
+        trainer.train()
+    without, same, with_it, put_in = map(curve, trainers)
+    assert without == same and with_it == put_in and with_it != without
+    trainers[0].save_model(str(tmp_path / "saved"))
+    assert M3Model.from_pretrained(tmp_path / "saved").config.hidden_dropout_prob == 0.1
 
 
 def test_the_heads_may_learn_faster(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -519,6 +578,7 @@ def test_mixed_precision_is_close_to_float32(still: Path, data: Path, tmp_path: 
         ("unified_after_steps", -1),
         ("head_learning_rate", 0.0),
         ("frozen_layers", -1),
+        ("dropout", 1.0),
         ("label_smoothing_factor", 0.1),
         ("length_buckets", "2000"),
         ("deepspeed", "zero3.json"),

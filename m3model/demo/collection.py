@@ -1,0 +1,98 @@
+"""The demo's three sets of pairs in a folder, and a sparse head that knows how rare words are in the training set.
+
+FOLDER/documents.jsonl         the held-out pairs, which are searched
+FOLDER/documents.facts.json    what they were made of: a second run takes them as they are if that is the same
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy
+import torch
+
+from m3model.cli.output import message
+from m3model.demo.docstrings import Pair, apart, choose, collect, is_searched
+from m3model.demo.questions import QUESTIONS
+from m3model.demo.token_weights import fit_token_weights
+from m3model.files import write_whole
+from m3model.model import M3Model
+
+__all__ = ["Collection", "digest", "make_collection", "with_token_weights"]
+
+_RECIPE = 3
+_SAMPLE_TOKENS = 12_000
+
+
+class Collection(NamedTuple):
+    """Three sets of pairs (docstrings.py), and the tokens of the bodies of the first."""
+
+    held_out: list[Pair]
+    development: list[Pair]
+    training: list[Pair]
+    tokens: int
+
+
+def make_collection(folder: Path, model: M3Model, tokens: int) -> Collection:
+    """The sets of this installation, about `tokens` tokens of bodies held out."""
+    pairs = collect()
+    versions = {package.__name__: package.__version__ for package in (torch, np, scipy)}
+    facts = {"recipe": _RECIPE, **versions, "budget": tokens}
+    path, facts_path = folder / "documents.jsonl", folder / "documents.facts.json"
+    if path.is_file() and facts_path.is_file():
+        stored = json.loads(facts_path.read_text(encoding="utf-8"))
+        if stored["made_of"] == facts and stored["sha256"] == _sha256(path.read_bytes()):
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            held_out = [Pair(row["id"], row["summary"], row["text"]) for row in rows]
+            return Collection(held_out, *apart(pairs, held_out), stored["tokens"])
+    tokenizer, limit, prefix = model.tokenization(model.max_length, "passage")
+    searched = [pair for pair in pairs if is_searched(pair)]
+    lengths = [len(ids) for ids in tokenizer.encode([pair.body for pair in searched], limit, prefix).ids]
+    length_of = {pair.name: length for pair, length in zip(searched, lengths)}
+    chosen = choose(searched, lengths, tokens, {name for question in QUESTIONS for name in question.answers})
+    used = sum(length_of[pair.name] for pair in chosen)
+    lines = [json.dumps({"id": p.name, "summary": p.summary, "text": p.body}, ensure_ascii=False) for p in chosen]
+    content = ("\n".join(lines) + "\n").encode("utf-8")
+    write_whole(path, content)
+    write_whole(facts_path, json.dumps({"made_of": facts, "sha256": _sha256(content), "tokens": used}))
+    longest = max(length_of[pair.name] for pair in chosen)
+    message(f"  {len(chosen)} of {len(pairs)} pairs, {used} tokens, the longest body {longest} tokens")
+    return Collection(chosen, *apart(pairs, chosen), used)
+
+
+def with_token_weights(folder: Path, model: M3Model, collection: Collection) -> M3Model:
+    """The model with a sparse head fitted to the training pairs, saved; as it is if it was fitted to them before."""
+    pairs = collection.training
+    made_of = {"recipe": _RECIPE, "pairs": digest(pairs)}
+    if model.config.others.get("token_weights") == made_of:
+        return model
+    tokenizer, limit, prefix = model.tokenization(512, "passage")
+    bodies = tokenizer.encode([pair.body for pair in pairs], limit, prefix).ids
+    summaries = tokenizer.encode([pair.summary for pair in pairs], limit, model.config.query_prefix).ids
+    shuffled = sorted(zip(bodies, summaries), key=lambda texts: _sha256(texts[0].tobytes()))
+    sample, used = [], 0
+    for ids in itertools.chain.from_iterable(shuffled):
+        sample.append(ids)
+        used += len(ids)
+        if used >= _SAMPLE_TOKENS:
+            break
+    fit_token_weights(model, bodies, sample)
+    model.config = replace(model.config, others={**model.config.others, "token_weights": made_of})
+    model.save_pretrained(folder / "model")
+    return model
+
+
+def digest(pairs: Sequence[Pair]) -> str:
+    """Of the pairs' texts."""
+    return _sha256(json.dumps(pairs).encode())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
