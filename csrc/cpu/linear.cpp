@@ -5,7 +5,7 @@
 //   embed_tokens           out = LayerNorm(words[id] + positions[first_position + index within the sequence] + type)
 //
 // A linear layer is cut into blocks of kBlockRows rows and up to kMostBlockColumns columns; a free thread takes the next.
-// Plain weights are packed first: 2·N·K numbers moved for 2·T·N·K operations.
+// Plain weights are packed first: 2·N·K numbers moved for 2·T·N·K operations. With AMX see linear_amx_products.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -4,14 +4,15 @@
 //
 // Numbers are split into bfloat16 parts: float32 3, float16 2, bfloat16 1; of the products of parts i and j those with
 // i + j <= 2 are summed, 6 for float32, 3 for float32 x and bfloat16 weights, 1 for bfloat16. x is split once for a chunk of
-// rows and lies in tiles [K / 32][part][16 rows][32] which all threads read. Weights are split by the thread that takes a
+// rows and lies in tiles [K / 32][part][16 rows][32], which all threads read. Weights are split by the thread that takes a
 // block of columns, from rows [N, K] as from panels, kBlockSteps of 32 at a time: they stay in the second-level cache while
-// the rows of the chunk pass by, so that no copy of all weights is ever made. 192 instructions of 16 cycles use what is
-// split for one tile of weights and one tile of rows.
+// the rows of the chunk pass by, so that no copy of all weights is ever made. Splitting the weights anew for each chunk of
+// 1000 rows of float32 takes 6 % of the chunk's time. Pairs are elements i and i + 16 of a step, whatever the type.
 //
-// What has no three parts, or loses them where bfloat16 ends (2^-126), is multiplied again by the AVX-512 FMA block: rows
-// and panels with an infinity, NaN, number above 0x1.fefffep127, or none above kLeast but zeros. So infinities and NaN do
-// what they do elsewhere. Beyond that an element of x or a weight is taken exactly up to 2^-126, and a product too.
+// What has no three parts, or loses them where bfloat16 ends (2^-126), is multiplied again by the AVX-512 FMA block: rows of x
+// and panels with an infinity, a NaN or a number above 0x1.fefffep127, rows and columns of weights that are not zero
+// but below kLeast throughout. So infinities and NaN do what they do elsewhere. Beyond that an element of x or of the weights
+// is taken to the nearest 2^-126, and a product too.
 //
 // int8: codes of x lie as tiles in memory already, and so do panels of codes. Sums are exact, the results those of all
 // instruction sets.

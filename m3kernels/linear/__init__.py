@@ -25,7 +25,8 @@ def linear(
     """activation(x weightᵀ + bias) + residual; the GELU is the exact one. Sums run in float32.
 
     On the CPU the product, bias, activation and residual are one pass; a plain weight is packed in every call, a
-    PackedLinear (`pack_linear`) was packed once. On a GPU all parts are torch's own.
+    PackedLinear (`pack_linear`) was packed once. With AMX float32 numbers are multiplied in three bfloat16 parts, to
+    the same precision; there each number and product is taken to the nearest 2^-126. On a GPU all parts are torch's.
 
     Args:
         x: rows [T, K]; float32, bfloat16, float16 (float64 through the reference).
