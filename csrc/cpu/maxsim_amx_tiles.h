@@ -10,14 +10,15 @@
 //
 // Passage rows come from memory once for each group of panels that the second-level cache holds. A piece of them, 32 rows
 // by some steps, is cut into parts (copied, expanded) in the first-level cache while the piece before it is multiplied with
-// the first panel of the group: vectors and tiles are different units, and run at the same time. So for one query of 32
-// rows that work takes no time of its own either, and rows may end anywhere: no read passes the end of a row.
+// the first panel of the group: vectors and tiles are different units and work at the same time. Rows may end anywhere: no
+// read passes the end of a row.
 //
 // Packed queries: [16 rows][step][part][16 words][16 rows], a word of two bfloat16 elements or four bytes.
 //
 // A float32 or float16 number that has no parts (infinity, NaN, and float32 numbers of 2^128 (1 - 2^-9) and more) makes all
 // its sums NaN, and so the maximum. Query rows whose maximum is not finite get it anew from multiply-adds on vectors, over
-// all rows of the passage, so that equal rows keep equal similarities.
+// all rows of the passage, so that equal rows keep equal similarities. Parts and products below 2^-126 count as zero,
+// so that float32 numbers and products below 2^-109 are less exact.
 #pragma once
 
 #include "maxsim_gather.h"
@@ -30,7 +31,7 @@ constexpr int64_t kPieceRows = 2 * kTileSide;  // passage rows
 // Tiles of one step and one part in each half of a piece: what is written must not push out of the first-level cache what
 // is multiplied. With several panels, which load and store their sums for each piece, larger ones pay.
 constexpr int64_t kLonePieceTiles = 5, kMostPieceTiles = 12;
-constexpr int64_t kMostPanels = 8;             // in a group
+constexpr int64_t kMostPanels = 8;  // in a group
 constexpr int64_t kGroupBytes = 1 << 20;
 constexpr int64_t kPieceBytes = 2 * kMostPieceTiles * kTileBytes;
 constexpr int64_t kSumElements = kPieceRows * kPanelRows;
