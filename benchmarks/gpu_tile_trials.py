@@ -76,7 +76,11 @@ WHY = {
         f"64x64x32, the smallest tried, has 38 % and half the FLOPs for each instruction and byte. {_STAGES}"
     ),
     "maxsim/sm_90/forward/bf16/128": (
-        f"64x64x32 has 50 %, a fifth of the FLOPs for each instruction and half of those for each byte. {_STAGES}"
+        "Two stages of 128 columns have as many bytes under way as three of 64, which shipped before with 2405."
+    ),
+    "maxsim/sm_90/backward_q/bf16/1024": (
+        "One row at a time (1x1024 by one warp) has 50 % occupancy and 16.7; two have more bytes under way on a "
+        "multiprocessor (21 warps with 4 KiB each against 32 with 2)."
     ),
     "maxsim/sm_80/backward_p/bf16/1024": _TF32,
     "maxsim/sm_90/backward_p/bf16/1024": f"{_TF32} 128 passage rows would idle on shorter passages.",
