@@ -335,7 +335,8 @@ What is common to them:
 - Late interaction forward at 25 % occupancy and more: 64x128x64 by 8 warps has 1365 and 43 on sm_80 (25 %), 1440 and 43
   on sm_90 (25 %); 64x64x32 has 819 and 32 (38 %), 529 and 32 (50 %).
 - The gradient of queries on sm_90 at width 1024: two rows of 1024 by one warp, which ship, have 18.0 and 0.89 at 33 %
-  occupancy, one row 16.7 and 0.89 at 50 %; twelve others, the one that shipped before among them, 12.7 to 13.8 and 0.67.
+  occupancy, one row 16.7 and 0.89 at 50 %; twelve others, the one that shipped before among them, have 12.7 to 13.8
+  and 0.67.
 - late-interaction-kernels' and flash-maxsim's unified backward kernels add to the gradients with atomics, in no fixed
   order; ours of queries and of passages are apart and have none.
 """
