@@ -28,7 +28,7 @@ __all__ = ["HYBRID_WEIGHTS", "UNTRAINED_WEIGHTS", "Weights", "fine_tuned"]
 
 Weights = tuple[float, float, float]
 HYBRID_WEIGHTS: Weights = (1.0, 0.3, 2.0)
-"""Of dense, sparse and multi-vector in the hybrid of the trained model."""
+"""Of dense, sparse and multi-vector in the hybrid of the trained model, chosen on development pairs; so are the next."""
 UNTRAINED_WEIGHTS: Weights = (1.0, 0.3, 3.0)
 """Of the model before."""
 
