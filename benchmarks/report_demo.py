@@ -8,10 +8,10 @@ pairs; `measure` looks at the held-out ones with what is committed, as `m3 demo 
 batches.
 
 Of the recipe (m3model/demo/fine_tuning.py) the batches of one module, the loss weights and the hybrid's weights were
-chosen on development pairs, with one seed. Steps, learning rates and the absence of distillation are older: they were chosen on
-other splits, whose pairs may be held out now. That nothing is dropped out was not compared with anything.
+chosen on development pairs, with one seed. Steps, learning rates and the absence of distillation are older: they were
+chosen on other splits, whose pairs may be held out now. That nothing is dropped out was not compared with anything.
 
-A seed's trained model stays in .cache/demo/seed-SEED, so `measure` after `choose` trains nothing again.
+A seed's trained model stays in .cache/benchmarks/demo/seed-SEED, so `measure` after `choose` trains nothing again.
 
     lead       MRR@10 of the hybrid less that of a head
     of a seed  its standard error is that of the mean over queries of the paired differences
