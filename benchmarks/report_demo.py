@@ -3,11 +3,15 @@
     python -m benchmarks.report_demo choose SEED...     # hybrid weights on the development pairs
     python -m benchmarks.report_demo measure SEED...    # every head on the held-out pairs
 
-Three sets of pairs (m3model/demo/docstrings.py): trained on, development, held out. Everything that can be chosen, the
-recipe of m3model/demo/fine_tuning.py and its hybrid weights, was chosen on development pairs; `measure` looks at the
-held-out ones with what is committed, exactly as `m3 demo --seed SEED` does. A seed draws the batches and their order.
+Three sets of pairs (m3model/demo/docstrings.py): trained on, development, held out. Choices belong on development
+pairs; `measure` looks at the held-out ones with what is committed, as `m3 demo --seed SEED` does. A seed draws the
+batches.
 
-A seed's trained model stays in .cache/demo/seed-SEED, so `measure` after `choose` trains nothing again.
+Of the recipe (m3model/demo/fine_tuning.py) the batches of one module, the loss weights and the hybrid's weights were
+chosen on development pairs, with one seed. Steps, learning rates and the absence of distillation are older: they were
+chosen on other splits, whose pairs may be held out now. That nothing is dropped out was not compared with anything.
+
+A seed's trained model stays in .cache/benchmarks/demo/seed-SEED, so `measure` after `choose` trains nothing again.
 
     lead       MRR@10 of the hybrid less that of a head
     of a seed  its standard error is that of the mean over queries of the paired differences

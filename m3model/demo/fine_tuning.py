@@ -4,7 +4,7 @@ rows       summary -> body of the training pairs, in FOLDER/train a file for eac
            the rest of each package. A batch comes from one file: the bodies of one module are the harder negatives
 loss       all three heads and their hybrid; the other bodies of a batch are negatives. No distillation: these few steps
            are what the paper calls warm-up (section 3.3), and heads that are made alike add less to each other
-weights    embeddings and the first LAYERS_FROZEN layers stay: less than half of the work of a step is left
+weights    embeddings and the first layers stay: less than half of the work of a step is left
 state      FOLDER/training holds a checkpoint every few steps; a run that was stopped goes on from the last one
 """
 
@@ -28,9 +28,9 @@ __all__ = ["HYBRID_WEIGHTS", "UNTRAINED_WEIGHTS", "Weights", "fine_tuned"]
 
 Weights = tuple[float, float, float]
 HYBRID_WEIGHTS: Weights = (1.0, 0.3, 2.0)
-"""Of dense, sparse and multi-vector in the hybrid of the trained model."""
+"""Of dense, sparse and multi-vector in the hybrid of the trained model, chosen on development pairs."""
 UNTRAINED_WEIGHTS: Weights = (1.0, 0.3, 3.0)
-"""Of the model before."""
+"""Of the model before, likewise."""
 
 _RECIPE: dict[str, Any] = {
     "per_device_train_batch_size": 32,

@@ -8,7 +8,7 @@ train         all heads on the training pairs                                   
 index         the held-out bodies encoded by the trained model, and searched again    FOLDER/index
 ask           questions in eight languages
 
-The settings that matter were chosen on the development pairs: `python -m benchmarks.report_demo`.
+Several seeds, and the choice of the hybrid's weights on the development pairs: `python -m benchmarks.report_demo`.
 """
 
 from __future__ import annotations
