@@ -14,7 +14,7 @@ namespace m3 {
 // Blocks of at most kMostTileColumns, the same number for each thread.
 inline std::vector<ColumnRange> cut_columns(int64_t columns) {
   const int64_t pairs = filled_columns(columns) / kPair, threads = torch::stable::get_num_threads();
-  const int64_t wanted = std::max((pairs * kPair + kMostTileColumns - 1) / kMostTileColumns, 2 * threads);
+  const int64_t wanted = std::max((pairs * kPair + kMostTileColumns - 1) / kMostTileColumns, 4 * threads);
   const int64_t blocks = std::min(pairs, up_to_multiple(wanted, threads));
   std::vector<ColumnRange> ranges;
   for (int64_t block = 0; block < blocks; ++block) {
@@ -72,7 +72,7 @@ std::vector<LinearBlock> multiply_split(const TileKernels& all, const LinearCall
       for (int64_t row = begin; row < end; ++row) {
         const bool real = row < count;
         torch::headeronly::BFloat16* const to = tiles.data() + row / 16 * 16 * row_elements;
-        const T* const from = real ? call.x + (first + row) * call.x_stride : nullptr;
+        const T* const from = call.x + (real ? first + row : 0) * call.x_stride;
         const bool whole = kernels.split_row(from, real ? call.depth : 0, steps, row % 16, to);
         if (real) odd.rows[first + row] = !whole && kParts + kSplitParts<W> > 2;
       }

@@ -151,6 +151,27 @@ class DoneSums {
   int64_t turn_ = 0, row_ = 0, column_ = 0, next_ = 0, count_ = 0;
 };
 
+// Asks for two blocks of memory, a few lines with each call of fetch.
+class FetchAhead {
+ public:
+  FetchAhead(int64_t bytes, int64_t distance, int64_t calls)
+      : bytes_(bytes), distance_(distance), each_((bytes + 64 * calls - 1) / (64 * calls) * 64) {}
+  void start(const void* at) {
+    at_ = static_cast<const char*>(at);
+    next_ = 0;
+  }
+  [[gnu::always_inline]] void fetch() {
+    for (const int64_t end = std::min(next_ + each_, bytes_); next_ < end; next_ += 64) {
+      __builtin_prefetch(at_ + next_, 0, 2);
+      __builtin_prefetch(at_ + distance_ + next_, 0, 2);
+    }
+  }
+
+ private:
+  int64_t bytes_, distance_, each_, next_ = 0;
+  const char* at_ = nullptr;
+};
+
 template <class T, class W>
 void split_block(
     const LinearCall<T>& call,
@@ -179,16 +200,21 @@ void split_block(
           weights, range.first + tile * kTileSide, begin, steps, columns + tile * steps * kW * kTileElements, largest[tile]);
     }
     float* sums = waiting;
+    // While a pair of row tiles is multiplied with all columns, the next one comes into the second-level cache.
+    FetchAhead ahead(steps * kX * kTileBytes, rows.steps * kX * kTileBytes, steps * width / kPair);
     for (int64_t row = 0; row < rows.count; row += kPair) {
       const TileOperand of_rows =
           packed_tiles(rows.tiles + (row / kTileSide * rows.steps + begin) * kX * kTileElements, kX, rows.steps);
+      ahead.start(of_rows.part_of(0, 2));
       for (int64_t column = 0; column < width; column += kPair, sums += kPairSums) {
         const TileOperand of_columns = packed_tiles(columns + column / kTileSide * steps * kW * kTileElements, kW, steps);
         const int64_t each = (done.left() + steps - 1) / steps;
         load_sums<2, 2, float>(first_cut ? nullptr : sums, kPair);
         multiply_parts_into_tiles<kX, kW, 2, 2>(
             of_rows, of_columns, steps, [&](int64_t, int group) __attribute__((always_inline)) {
-              if (group == 0) done.finish(each, finish);
+              if (group != 0) return;
+              done.finish(each, finish);
+              ahead.fetch();
             });
         store_sums<2, 2>(last_cut ? done.in_the_making() : sums, kPair);
         if (last_cut) done.take(rows.first + row, range.first + column, std::min(kPair, rows.count - row));
