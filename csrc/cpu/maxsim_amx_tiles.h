@@ -250,23 +250,9 @@ void multiply_piece(
     int64_t from_stride,
     Sum* to,
     const Meanwhile& meanwhile) {
-  if (from != nullptr) {
-    const int64_t row = from_stride * sizeof(Sum);
-    const Sum* const lower = from + kTileSide * from_stride;
-    tile_load<0>(from, row);
-    if constexpr (kColumnTiles == 2) tile_load<1>(from + kTileSide, row);
-    if constexpr (kRowTiles == 2) tile_load<2>(lower, row);
-    if constexpr (kRowTiles == 2 && kColumnTiles == 2) tile_load<3>(lower + kTileSide, row);
-  }
+  if (from != nullptr) load_sums<kRowTiles, kColumnTiles>(from, from_stride);
   multiply_parts_into_tiles<kParts, kParts, kRowTiles, kColumnTiles>(rows, columns, steps, meanwhile);
-  if (to != nullptr) {
-    constexpr int64_t row = kPanelRows * sizeof(Sum);
-    Sum* const lower = to + kTileSide * kPanelRows;
-    tile_store<0>(to, row);
-    if constexpr (kColumnTiles == 2) tile_store<1>(to + kTileSide, row);
-    if constexpr (kRowTiles == 2) tile_store<2>(lower, row);
-    if constexpr (kRowTiles == 2 && kColumnTiles == 2) tile_store<3>(lower + kTileSide, row);
-  }
+  if (to != nullptr) store_sums<kRowTiles, kColumnTiles>(to, kPanelRows);
 }
 
 // best = the maximum of itself and the similarities of a piece's rows, for 16 query rows; four chains, which need not wait
