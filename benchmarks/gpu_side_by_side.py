@@ -314,9 +314,9 @@ from global memory or L2; FLOPs on padding and on products that warps repeat cou
 thread issues for its block, counts for all its warps. *spilled B*: stack of a thread. Higher is better for both ratios,
 0 for spills.
 
-Below each table stands every figure in which a public kernel is ahead of ours. For each of those other tiles of ours
-were compiled: [gpu_tile_trials.md](gpu_tile_trials.md) lists what came of it, and why the tile that ships was kept.
-What is common to them:
+Below each table stands every figure in which a public kernel is ahead of ours.
+[gpu_tile_trials.md](gpu_tile_trials.md) lists the other tiles of ours that were compiled, why the one that ships was
+kept, and the kernels for which that is still to do. What is common to them:
 
 - flash-attention-triton and flash-linear-attention lead where they spill: bytes of a spilled register do not count in
   FLOP/B, though each is a store and a load.

@@ -304,6 +304,8 @@ def table(counts: list[Count], errors: list[dict[str, Any]]) -> str:
         "- L2 ×: 32-byte sectors asked of L2 over that minimum; tiles read keys again for each tile of queries.",
         "- used: bytes that threads wanted of these sectors (above 100 %: lanes that share them).",
         "- conflicts: extra shared-memory wavefronts for each one needed; what wgmma reads (sm_90) is not counted.",
+        "- tf32 on sm_90: wgmma takes its operands with K innermost alone. Triton turns tiles round in shared memory,",
+        "  word by word: bank conflicts, and in attention's forward 4 bytes of a sector at a time.",
         "",
         "| op | kernel | sm | arithmetic | M warp instr. | GFLOP | FLOP × | MB min | L2 × | used | conflicts |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
