@@ -53,7 +53,7 @@ def test_products_on_tensor_cores_meet_no_bank_conflicts(counts: list[ptx_counts
 
 
 def test_sectors_are_used(counts: list[ptx_counts.Count]) -> None:
-    """Tiles read whole rows: at least nine tenths of every sector; on sm_90 in 16 bits, as tf32 is copied word by word."""
+    """Tiles read whole rows: at least nine tenths of every sector; but tf32 on sm_90 is copied word by word."""
     for c in counts:
         if c.op in ("attention", "maxsim", "packing") and (c.architecture, c.arithmetic) != (90, "tf32"):
             assert c.wanted_bytes >= 0.9 * (c.load_bytes + c.store_bytes), c
