@@ -51,8 +51,10 @@ def flash_attention_varlen(
     Accuracy at length L, as the largest error relative to the largest entry: in float32, output and gradients stay
     below 2e-6·√(L + D). In bfloat16 and float16, of unit u = eps / 2, the output stays below 2 u (rounded once) and
     gradients below 8 u (the rounded output enters them). GPU kernels also round the probabilities to 16 bits: 2 u and
-    4 u, as ratios of norms. A CPU widens 16-bit inputs as it reads them, so there they save memory, not time: no kernel
-    uses the bf16 dot products of AVX-512-BF16 or AMX.
+    4 u, as ratios of norms. A CPU widens 16-bit inputs as it reads them, so there they save memory, not time, but for
+    the forward on a machine with AMX: it multiplies bfloat16 as it is (the probabilities rounded to it, within the same
+    bounds), float16 as two and float32, from 512 rows on, as three bfloat16 parts, whose sums are exact for numbers of
+    2^-109 and more. M3_CPU_ISA=avx512vnni keeps to multiply-adds.
 
     Rows without a value: an empty sequence has no output. A lone row attends to itself, so its output is its v. A row
     whose scores are all −∞, like one that sampling left nothing, gives 0. A NaN in row j of q spoils row j of out; in
