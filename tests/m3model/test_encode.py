@@ -236,7 +236,8 @@ def test_scores_follow_their_formulas(model: M3Model) -> None:
             m = float((query_rows @ rows.T).max(1).values.mean())
             expected = (d, s, m, (d + 0.3 * s) / 1.3, (d + 0.3 * s + 0.7 * m) / 2.0)
             ours = [float(scores[name][row, column]) for name in SCORE_NAMES]
-            assert ours == pytest.approx(expected, abs=1e-5)
+            # The lexical score is above 10 here: a few roundings of float32, whose order the kernels choose.
+            assert ours == pytest.approx(expected, abs=1e-5, rel=2e-6)
 
 
 def test_scores_of_pairs_are_entries_of_the_matrix(model: M3Model) -> None:

@@ -400,8 +400,8 @@ def test_counts_are_for_each_warp_that_takes_part() -> None:
 
 
 def test_unknown_text_and_instructions_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="wgmma"):
-        run("wgmma.fence.sync.aligned;", np.zeros(1, np.uint32))
+    with pytest.raises(NotImplementedError, match="tcgen05"):
+        run("tcgen05.wait::ld.sync.aligned;", np.zeros(1, np.uint32))
     with pytest.raises(PtxError, match="label"):
         run("bra nowhere;", np.zeros(1, np.uint32))
     with pytest.raises(PtxError):
