@@ -30,8 +30,8 @@ bool pack_row_tiles(const T* from, int64_t row_stride, int64_t rows, int64_t wid
     for (int64_t e = 0; e < steps * kTileDepth; e += kTileDepth, tile += P * kTileElements) {
       Floats low = splat(0.f), high = splat(0.f);
       if (row < rows) {
-        low = multiply(load_within(from + row * row_stride, e, width), splat(sign));
-        high = multiply(load_within(from + row * row_stride, e + kLanes, width), splat(sign));
+        low = multiply(load_some(from + row * row_stride + e, width - e), splat(sign));
+        high = multiply(load_some(from + row * row_stride + e + kLanes, width - e - kLanes), splat(sign));
         splittable = splittable && all_splittable(low) && all_splittable(high);
       }
       split_pairs<P>(low, high, tile, kTileElements);
@@ -58,11 +58,12 @@ bool pack_transposed_tiles(const T* from, int64_t row_stride, int64_t rows, int6
   const int64_t steps = (rows + kTileDepth - 1) / kTileDepth;
   const int64_t tiles = (width + kPairRows - 1) / kPairRows * 2;
   for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = tile * kTileSide, left = width - first;
     for (int64_t step = 0; step < steps; ++step, to += P * kTileElements) {
       for (int64_t i = 0; i < kTileSide; ++i) {
         const int64_t row = step * kTileDepth + i, later = row + kTileSide;
-        const Floats low = row < rows ? load_within(from + row * row_stride, tile * kTileSide, width) : splat(0.f);
-        const Floats high = later < rows ? load_within(from + later * row_stride, tile * kTileSide, width) : splat(0.f);
+        const Floats low = row < rows ? load_some(from + row * row_stride + first, left) : splat(0.f);
+        const Floats high = later < rows ? load_some(from + later * row_stride + first, left) : splat(0.f);
         splittable = splittable && all_splittable(low) && all_splittable(high);
         split_pairs<P>(low, high, to + i * kTileDepth, kTileElements);
       }
@@ -95,22 +96,14 @@ class WaitingProducts {
  public:
   WaitingProducts(const SplitKeys& split, int64_t width) : split_(split), width_(width) {}
 
-  void scores_of(const PanelWork& work) {
-    scores_work_ = &work;
-    count_ += split_.steps();
-  }
-  void sums_of(const PanelWork& work) {
-    sums_work_ = &work;
-    count_ += width_ / kPairRows;
-  }
+  void scores_of(const PanelWork& work) { scores_work_ = &work; }
+  void sums_of(const PanelWork& work) { sums_work_ = &work; }
 
   int64_t groups() const {
-    const int64_t of_scores = scores_work_ == nullptr ? 0 : width_ / kTileDepth;
-    const int64_t of_sums = sums_work_ == nullptr ? 0 : width_ / kPairRows;
-    return kGroups * split_.steps() * (of_scores + of_sums);
+    return kGroups * (sums() * split_.steps() + scores() * (width_ / kTileDepth));
   }
 
-  bool waiting() const { return product_ < count_; }
+  bool waiting() const { return product_ < sums() + scores(); }
 
   [[gnu::always_inline]] void issue() {
     if (group_ == 0 && step_ == 0) begin();
@@ -128,13 +121,15 @@ class WaitingProducts {
  private:
   static constexpr int kGroups = m3::M3_ISA::kGroups<kParts, kParts>;
 
+  // Products of 32 elements' sums with all keys, and of 32 keys' scores with all elements.
+  int64_t sums() const { return sums_work_ == nullptr ? 0 : width_ / kPairRows; }
+  int64_t scores() const { return scores_work_ == nullptr ? 0 : split_.steps(); }
+
   // Sums first, they are the older work.
   void begin() {
-    const int64_t sums = sums_work_ == nullptr ? 0 : width_ / kPairRows;
-    const bool of_sums = product_ < sums;
-    const int64_t key_steps = split_.steps();
-    steps_ = of_sums ? key_steps : width_ / kTileDepth;
-    const int64_t first = (of_sums ? product_ : product_ - sums) * kPairRows;
+    const bool of_sums = product_ < sums();
+    steps_ = of_sums ? split_.steps() : width_ / kTileDepth;
+    const int64_t first = (of_sums ? product_ : product_ - sums()) * kPairRows;
     const BFloat16* const rows = (of_sums ? split_.values : split_.keys) + first * steps_ * kTileDepth * kParts;
     rows_ = packed_tiles(rows, kParts, steps_);
     columns_ = packed_tiles(of_sums ? sums_work_->weights : scores_work_->queries, kParts, steps_);
@@ -145,7 +140,7 @@ class WaitingProducts {
   const SplitKeys& split_;
   const int64_t width_;
   const PanelWork *scores_work_ = nullptr, *sums_work_ = nullptr;
-  int64_t count_ = 0, product_ = 0, step_ = 0, steps_ = 0;
+  int64_t product_ = 0, step_ = 0, steps_ = 0;
   int group_ = 0;
   TileOperand rows_{}, columns_{};
   float* to_ = nullptr;
@@ -283,42 +278,16 @@ bool forward_on_tiles(const AttentionCall& call, const ForwardTensors<T>& tensor
   BFloat16* const values = take_parts(key_block * width);
   BFloat16* const weights = take_parts(2 * key_block * kPanel);
   float* const scores = take(2 * key_block * kPanel);
-  float* const sums = take(block * width);
-  float* const shift = take(block);
-  float* const bound = take(block);
-  float* const total = take(block);
-  int32_t* const sampling_keys = reinterpret_cast<int32_t*>(take(block));
-  int32_t* const dropout_keys = reinterpret_cast<int32_t*>(take(block));
+  const BlockState state(call, queries, block, width, take);
   int32_t* const column_keys = reinterpret_cast<int32_t*>(take(key_block));
 
   const int64_t begin = call.bounds[queries.sequence], length = call.rows(queries.sequence);
   const HeadRows<const T>&q = tensors.q, &k = tensors.k, &v = tensors.v;
   const float sign = call.scale < 0.f ? -1.f : 1.f;
   if (!pack_column_tiles(q.at(begin + queries.first, queries.head), q.row_stride, rows, call.width, sign, packed)) return false;
-  std::fill_n(sums, block * width, 0.f);
-  std::fill_n(shift, block, 0.f);
-  std::fill_n(bound, block, kNothingYet);
-  std::fill_n(total, block, 0.f);
-  if (call.sampled) {
-    row_keys(stream_key(call.seed, queries.sequence, kSharedByHeads), queries.first, block, sampling_keys);
-  }
-  if (call.dropout) {
-    row_keys(stream_key(call.seed, queries.sequence, queries.head), queries.first, block, dropout_keys);
-  }
-  const auto panel_at = [&](int64_t at) {
-    return QueryPanel{
-        nullptr,
-        sums + at * width,
-        shift + at,
-        bound + at,
-        total + at,
-        queries.first + at,
-        sampling_keys + at,
-        dropout_keys + at};
-  };
   const auto work_of = [&](int64_t number) {
     const int64_t at = number * kPanel, buffer = number % 2 * key_block * kPanel;
-    return PanelWork{panel_at(at), packed + at * width * P, scores + buffer, weights + buffer * P};
+    return PanelWork{state.panel(nullptr, at), packed + at * width * P, scores + buffer, weights + buffer * P};
   };
   for (int64_t first = 0; first < length; first += key_block) {
     const int64_t count = std::min<int64_t>(key_block, length - first);
@@ -328,7 +297,7 @@ bool forward_on_tiles(const AttentionCall& call, const ForwardTensors<T>& tensor
     if (!pack_transposed_tiles(v.at(begin + first, queries.head), v.row_stride, count, call.width, values)) return false;
     attend_for<P>(call, split, width, factor, block / kPanel, work_of);
   }
-  for (int64_t at = 0; at < rows; at += kPanel) write_panel(call, tensors, queries, panel_at(at));
+  for (int64_t at = 0; at < rows; at += kPanel) write_panel(call, tensors, queries, state.panel(nullptr, at));
   return true;
 }
 

@@ -149,6 +149,40 @@ void attend(const KeyTile& tile, int64_t width, const Limits& limits, const Quer
   });
 }
 
+// What a block of query rows keeps while the keys pass by, in memory that take(floats) gives.
+class BlockState {
+ public:
+  template <class Take>
+  BlockState(const AttentionCall& call, RowRange queries, int64_t block, int64_t width, const Take& take)
+      : first_(queries.first),
+        width_(width),
+        sums_(take(block * width)),
+        shift_(take(block)),
+        bound_(take(block)),
+        total_(take(block)),
+        sampling_keys_(reinterpret_cast<int32_t*>(take(block))),
+        dropout_keys_(reinterpret_cast<int32_t*>(take(block))) {
+    std::fill_n(sums_, block * width, 0.f);
+    std::fill_n(shift_, block, 0.f);
+    std::fill_n(bound_, block, kNothingYet);
+    std::fill_n(total_, block, 0.f);
+    if (call.sampled) {
+      row_keys(stream_key(call.seed, queries.sequence, kSharedByHeads), first_, block, sampling_keys_);
+    }
+    if (call.dropout) row_keys(stream_key(call.seed, queries.sequence, queries.head), first_, block, dropout_keys_);
+  }
+
+  // The panel of rows from `at` on, with its packed queries.
+  QueryPanel panel(const float* packed, int64_t at) const {
+    return {packed, sums_ + at * width_, shift_ + at, bound_ + at, total_ + at, first_ + at, sampling_keys_ + at, dropout_keys_ + at};
+  }
+
+ private:
+  const int64_t first_, width_;
+  float *const sums_, *const shift_, *const bound_, *const total_;
+  int32_t *const sampling_keys_, *const dropout_keys_;
+};
+
 using Attend = void(const KeyTile&, int64_t, const Limits&, const QueryPanel&, float*);
 
 inline Attend* attend_for(const AttentionCall& call) {
@@ -185,15 +219,10 @@ void attention_forward(const AttentionCall& call, const ForwardTensors<T>& tenso
   };
   const int64_t rows = queries.last - queries.first, block = (rows + kPanel - 1) / kPanel * kPanel;
   float* const packed = take(block * width);
-  float* const sums = take(block * width);
   float* const keys = take((key_block + kTileRows) * width);
   float* const values = take(key_block * width);
   float* const weights = take((key_block + kTileRows) * kPanel);
-  float* const shift = take(block);
-  float* const bound = take(block);
-  float* const total = take(block);
-  int32_t* const sampling_keys = reinterpret_cast<int32_t*>(take(block));
-  int32_t* const dropout_keys = reinterpret_cast<int32_t*>(take(block));
+  const BlockState state(call, queries, block, width, take);
   int32_t* const column_keys = reinterpret_cast<int32_t*>(take(key_block + kTileRows));
 
   const int64_t begin = call.bounds[queries.sequence], length = call.rows(queries.sequence);
@@ -205,27 +234,7 @@ void attention_forward(const AttentionCall& call, const ForwardTensors<T>& tenso
       width,
       call.scale * kLog2E,
       packed);
-  std::fill_n(sums, block * width, 0.f);
-  std::fill_n(shift, block, 0.f);
-  std::fill_n(bound, block, kNothingYet);
-  std::fill_n(total, block, 0.f);
-  if (call.sampled) {
-    row_keys(stream_key(call.seed, queries.sequence, kSharedByHeads), queries.first, block, sampling_keys);
-  }
-  if (call.dropout) {
-    row_keys(stream_key(call.seed, queries.sequence, queries.head), queries.first, block, dropout_keys);
-  }
-  const auto panel_at = [&](int64_t at) {
-    return QueryPanel{
-        packed + at * width,
-        sums + at * width,
-        shift + at,
-        bound + at,
-        total + at,
-        queries.first + at,
-        sampling_keys + at,
-        dropout_keys + at};
-  };
+  const auto panel_at = [&](int64_t at) { return state.panel(packed + at * width, at); };
   Attend* const attend_panel = attend_for(call);
   const Limits limits{call.keep_limit, call.dropout_limit};
   for (int64_t first = 0; first < length; first += key_block) {

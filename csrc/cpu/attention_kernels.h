@@ -2,12 +2,10 @@
 // key rows, of one sequence and head. Chosen at run time; the code is in attention_forward.h and attention_backward.h.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cstdint>
 
+#include "float_types.h"
 #include "micro/dispatch.h"
 
 namespace m3 {
@@ -105,15 +103,7 @@ struct AttentionKernelsOf {
   AttentionBackward<T>* backward;
 };
 
-struct AttentionKernels {
-  AttentionKernelsOf<float> of_float;
-  AttentionKernelsOf<torch::headeronly::BFloat16> of_bfloat16;
-  AttentionKernelsOf<torch::headeronly::Half> of_half;
-
-  const AttentionKernelsOf<float>& of(float) const { return of_float; }
-  const AttentionKernelsOf<torch::headeronly::BFloat16>& of(torch::headeronly::BFloat16) const { return of_bfloat16; }
-  const AttentionKernelsOf<torch::headeronly::Half>& of(torch::headeronly::Half) const { return of_half; }
-};
+using AttentionKernels = ByFloatType<AttentionKernelsOf>;
 
 namespace portable {
 extern const AttentionKernels kAttentionKernels;

@@ -2,15 +2,9 @@
 // it. The code, and what it computes, is in linear_amx_tiles.h.
 #pragma once
 
-#include <type_traits>
-
 #include "linear_kernels.h"
 
 namespace m3 {
-
-// bfloat16 numbers whose sum is a number of type T.
-template <class T>
-constexpr int kSplitParts = std::is_same_v<T, float> ? 3 : std::is_same_v<T, torch::headeronly::Half> ? 2 : 1;
 
 constexpr int64_t kPair = 32;                 // rows and columns of the sums that are made at a time
 constexpr int64_t kPairSums = kPair * kPair;
@@ -74,15 +68,7 @@ struct TileKernelsOf {
   SplitBlock<T, torch::headeronly::Half>* block(torch::headeronly::Half) const { return half_block; }
 };
 
-struct TileKernels {
-  TileKernelsOf<float> of_float;
-  TileKernelsOf<torch::headeronly::BFloat16> of_bfloat16;
-  TileKernelsOf<torch::headeronly::Half> of_half;
-
-  const TileKernelsOf<float>& of(float) const { return of_float; }
-  const TileKernelsOf<torch::headeronly::BFloat16>& of(torch::headeronly::BFloat16) const { return of_bfloat16; }
-  const TileKernelsOf<torch::headeronly::Half>& of(torch::headeronly::Half) const { return of_half; }
-};
+using TileKernels = ByFloatType<TileKernelsOf>;
 
 namespace amx {
 extern const TileKernels kTileKernels;

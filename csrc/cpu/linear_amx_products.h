@@ -52,19 +52,19 @@ struct OddNumbers {
 // All but the blocks that are returned: they hold numbers that cannot be split.
 template <class T, class W>
 std::vector<LinearBlock> multiply_split(const TileKernels& all, const LinearCall<T>& call, const W* weights, bool packed) {
-  constexpr int kParts = kSplitParts<T>;
+  constexpr int kX = kParts<T>, kW = kParts<W>;
   const auto& kernels = all.of(T{});
   const int64_t steps = (call.depth + kSplitStep - 1) / kSplitStep;
-  const int64_t chunks = std::max<int64_t>(1, (call.rows * kParts + kMostSplitRows - 1) / kMostSplitRows);
+  const int64_t chunks = std::max<int64_t>(1, (call.rows * kX + kMostSplitRows - 1) / kMostSplitRows);
   const int64_t tall = up_to_multiple((call.rows + chunks - 1) / chunks, kPair);
-  const int64_t row_elements = steps * kSplitStep * kParts;
+  const int64_t row_elements = steps * kSplitStep * kX;
   const AlignedBuffer<torch::headeronly::BFloat16> tiles(tall * row_elements);
   OddNumbers odd{
       std::vector<uint8_t>(call.rows), std::vector<uint8_t>(filled_columns(call.columns) / kPanelColumns)};
   const std::vector<ColumnRange> ranges = cut_columns(call.columns);
   const GivenWeights<W> given{weights, packed, call.depth, call.columns};
   const auto make_memory = [&] {
-    return AlignedBuffer<uint8_t>(split_block_memory(tall, steps, kMostTileColumns, kSplitParts<W>));
+    return AlignedBuffer<uint8_t>(split_block_memory(tall, steps, kMostTileColumns, kW));
   };
   for (int64_t first = 0; first < call.rows; first += tall) {
     const int64_t count = std::min(tall, call.rows - first);
@@ -74,7 +74,7 @@ std::vector<LinearBlock> multiply_split(const TileKernels& all, const LinearCall
         torch::headeronly::BFloat16* const to = tiles.data() + row / 16 * 16 * row_elements;
         const T* const from = call.x + (real ? first + row : 0) * call.x_stride;
         const bool whole = kernels.split_row(from, real ? call.depth : 0, steps, row % 16, to);
-        if (real) odd.rows[first + row] = !whole && kParts + kSplitParts<W> > 2;
+        if (real) odd.rows[first + row] = !whole && kX + kW > 2;
       }
     });
     const SplitRows rows{tiles.data(), first, count, steps};

@@ -46,34 +46,18 @@ struct Largest {
   Largest of_all_lanes() const { return {splat(int32_t{_mm512_reduce_max_epi32(bits)})}; }
 };
 
-// Elements [0, kTileDepth) of a step, those from `count` on being 0.
-template <class T>
-struct StepElements {
-  Floats low, high;
-
-  StepElements(const T* from, int64_t count) {
-    if (count >= kTileDepth) {
-      low = load(from);
-      high = load(from + kLanes);
-      return;
-    }
-    alignas(64) T some[kTileDepth] = {};
-    if (count > 0) std::copy_n(from, count, some);
-    low = load(some);
-    high = load(some + kLanes);
-  }
-};
-
 template <class T>
 bool split_row(const T* row, int64_t depth, int64_t steps, int64_t r, BFloat16* to) {
   to += r * kTileDepth;
   Largest largest;
   for (int64_t step = 0; step < steps; ++step) {
-    const StepElements<T> elements(row + step * kTileDepth, depth - step * kTileDepth);
-    largest.take(elements.low);
-    largest.take(elements.high);
-    split_pairs<kSplitParts<T>>(elements.low, elements.high, to, kTileElements);
-    to += kSplitParts<T> * kTileElements;
+    const T* const from = row + step * kTileDepth;
+    const int64_t left = depth - step * kTileDepth;
+    const Floats low = load_some(from, left), high = load_some(from + kLanes, left - kLanes);
+    largest.take(low);
+    largest.take(high);
+    split_pairs<kParts<T>>(low, high, to, kTileElements);
+    to += kParts<T> * kTileElements;
   }
   return largest.of_all_lanes().each_splittable();
 }
@@ -90,10 +74,10 @@ template <class W>
   }
   Floats low[16], high[16];
   for (int c = 0; c < 16; ++c) {
-    const W* from = weights.at + (column + c) * weights.depth + begin;
-    const StepElements<W> elements(from, column + c < weights.columns ? count : 0);
-    low[c] = elements.low;
-    high[c] = elements.high;
+    const W* const from = weights.at + (column + c) * weights.depth + begin;
+    const int64_t left = column + c < weights.columns ? count : 0;
+    low[c] = load_some(from, left);
+    high[c] = load_some(from + kLanes, left - kLanes);
   }
   transpose(low);
   transpose(high);
@@ -116,9 +100,9 @@ template <class W>
       const Floats high = load(elements + (pair + kTileDepth / 2) * kPanelColumns);
       largest.take(low);
       largest.take(high);
-      split_pairs<kSplitParts<W>>(low, high, to + pair * kTileDepth, kTileElements);
+      split_pairs<kParts<W>>(low, high, to + pair * kTileDepth, kTileElements);
     }
-    to += kSplitParts<W> * kTileElements;
+    to += kParts<W> * kTileElements;
   }
 }
 
@@ -180,7 +164,7 @@ void split_block(
     ColumnRange range,
     uint8_t* memory,
     uint8_t* odd_panels) {
-  constexpr int kX = kSplitParts<T>, kW = kSplitParts<W>;
+  constexpr int kX = kParts<T>, kW = kParts<W>;
   const TileSession session;
   const int64_t width = range.last - range.first;
   BFloat16* const columns = reinterpret_cast<BFloat16*>(memory);

@@ -5,11 +5,9 @@
 // and LayerNorm of rows. Chosen at run time; the code is in linear_tiles.h and linear_norm.h.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cstdint>
 
+#include "float_types.h"
 #include "micro/dispatch.h"
 
 namespace m3 {
@@ -110,15 +108,7 @@ struct LinearKernelsOf {
   FloatBlock<T, torch::headeronly::Half>* block(torch::headeronly::Half) const { return half_block; }
 };
 
-struct LinearKernels {
-  LinearKernelsOf<float> of_float;
-  LinearKernelsOf<torch::headeronly::BFloat16> of_bfloat16;
-  LinearKernelsOf<torch::headeronly::Half> of_half;
-
-  const LinearKernelsOf<float>& of(float) const { return of_float; }
-  const LinearKernelsOf<torch::headeronly::BFloat16>& of(torch::headeronly::BFloat16) const { return of_bfloat16; }
-  const LinearKernelsOf<torch::headeronly::Half>& of(torch::headeronly::Half) const { return of_half; }
-};
+using LinearKernels = ByFloatType<LinearKernelsOf>;
 
 namespace portable {
 extern const LinearKernels kLinearKernels;

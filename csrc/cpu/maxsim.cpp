@@ -31,7 +31,7 @@ class FloatScorer {
   using Passages = const T*;
 
   FloatScorer(const Sequences& queries, const std::vector<QueryBlock>& blocks, Passages passages)
-      : kernels_(maxsim_kernels().of(T{})),
+      : kernels_(maxsim_kernels().floats.of(T{})),
         width_(queries.width),
         queries_(queries.data<T>()),
         passages_(passages),
@@ -102,7 +102,7 @@ void gather_queries(const Sequences& queries, const Sequences& passages, const C
       tasks.push_back({int32_t(q), i, std::min<int64_t>(i + kRowsPerTask, queries.rows(q))});
     }
   }
-  const auto weighted_sum = maxsim_kernels().of(T{}).weighted_sum;
+  const auto weighted_sum = maxsim_kernels().floats.of(T{}).weighted_sum;
   const int64_t width = queries.width;
   struct Lists {
     std::vector<Choice> choices;
@@ -165,7 +165,7 @@ void collect_passages(const Sequences& queries, const Sequences& passages, const
   for (int64_t p = 0; p < passages.count; ++p) {
     if (passages.rows(p) > 0) tasks.push_back({int32_t(p), p, p + 1});
   }
-  const auto weighted_sum = maxsim_kernels().of(T{}).weighted_sum;
+  const auto weighted_sum = maxsim_kernels().floats.of(T{}).weighted_sum;
   const int64_t width = queries.width;
   struct Lists {
     explicit Lists(int64_t width) : sum_into(width) {}

@@ -38,19 +38,11 @@ constexpr int64_t kSumElements = kPieceRows * kPanelRows;
 // Passage rows are asked for this far ahead, or by the rows of a piece where those are more.
 constexpr int64_t kFetchAhead = 32 << 10;
 
-// The first `left` elements at `from`, at most 16, and zeros.
-inline Floats load_some(const float* from, int64_t left) {
-  return _mm512_maskz_loadu_ps(_cvtu32_mask16((1u << std::clamp<int64_t>(left, 0, kLanes)) - 1), from);
-}
-inline Floats load_some(const Half* from, int64_t left) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(_cvtu32_mask16((1u << std::clamp<int64_t>(left, 0, kLanes)) - 1), from));
-}
-
 // What is multiplied: passage rows, query panels, and what sums start from and mean. A step of a row, kStepBytes where it
 // lies, becomes a row of one tile, or of one tile for each part; its last step may have only `left` elements.
 template <class T>
 struct FloatProduct {
-  static constexpr int kParts = m3::M3_ISA::kParts<T>;
+  static constexpr int kParts = m3::kParts<T>;
   static constexpr int64_t kStepBytes = kTileDepth * sizeof(T);
   using Sum = float;
 
@@ -492,9 +484,7 @@ const MaxsimKernels kMaxsimKernels = {
     .block_bytes = kGroupBytes,
     .scratch_bytes = scratch_bytes,
     .prepare_thread = prepare_thread,
-    .of_float = kernels_of<float>(),
-    .of_bfloat16 = kernels_of<BFloat16>(),
-    .of_half = kernels_of<Half>(),
+    .floats = {kernels_of<float>(), kernels_of<BFloat16>(), kernels_of<Half>()},
     .best_bytes = best_quantized_rows<8>,
     .best_bits = best_quantized_rows<1>,
 };

@@ -9,13 +9,11 @@
 // Quantized queries are panels of signed bytes, panel[e / 4][row][e % 4], with one integer start value for each row.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 
+#include "float_types.h"
 #include "micro/dispatch.h"
 
 namespace m3 {
@@ -85,15 +83,9 @@ struct MaxsimKernels {
   int64_t block_bytes;                         // query rows (float32) to pack together, of several short queries
   int64_t (*scratch_bytes)(int64_t width);     // that the functions ask for, on a boundary of 64 bytes
   std::shared_ptr<void> (*prepare_thread)();   // held by a thread while it calls them; null: no need
-  MaxsimKernelsOf<float> of_float;
-  MaxsimKernelsOf<torch::headeronly::BFloat16> of_bfloat16;
-  MaxsimKernelsOf<torch::headeronly::Half> of_half;
+  ByFloatType<MaxsimKernelsOf> floats;
   BestQuantizedRows* best_bytes;
   BestQuantizedRows* best_bits;
-
-  const MaxsimKernelsOf<float>& of(float) const { return of_float; }
-  const MaxsimKernelsOf<torch::headeronly::BFloat16>& of(torch::headeronly::BFloat16) const { return of_bfloat16; }
-  const MaxsimKernelsOf<torch::headeronly::Half>& of(torch::headeronly::Half) const { return of_half; }
 };
 
 namespace portable {

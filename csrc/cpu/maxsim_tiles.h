@@ -251,9 +251,7 @@ const MaxsimKernels kMaxsimKernels = {
     .block_bytes = kGroupBytes,
     .scratch_bytes = scratch_bytes,
     .prepare_thread = nullptr,
-    .of_float = kernels_of<float>(),
-    .of_bfloat16 = kernels_of<BFloat16>(),
-    .of_half = kernels_of<Half>(),
+    .floats = {kernels_of<float>(), kernels_of<BFloat16>(), kernels_of<Half>()},
     .best_bytes = best_quantized_rows<8>,
     .best_bits = best_quantized_rows<1>,
 };

@@ -22,6 +22,7 @@
 //   columns:  [step][part][16 pairs][16 columns][2]   a tile of 16 columns
 #pragma once
 
+#include "float_types.h"
 #include "tile.h"
 
 namespace m3::M3_ISA {
@@ -30,9 +31,6 @@ constexpr int64_t kTileSide = 16;   // rows and columns of a tile of sums
 constexpr int64_t kTileDepth = 32;  // bfloat16 elements of a step
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileElements = kTileBytes / 2;
-
-template <class T>
-constexpr int kParts = std::is_same_v<T, float> ? 3 : std::is_same_v<T, Half> ? 2 : 1;
 
 // Sets up the tiles of this thread, and on its way out gives back what was there before.
 class TileSession {
@@ -217,6 +215,17 @@ template <int kParts, int kRowTiles, int kColumnTiles, bool kAdd, class Sum>
   load_sums<kRowTiles, kColumnTiles, Sum>(kAdd ? sums : nullptr, stride);
   multiply_into_tiles<kParts, kRowTiles, kColumnTiles>(rows, columns, steps);
   store_sums<kRowTiles, kColumnTiles>(sums, stride);
+}
+
+// The first `left` elements at `from`, at most 16, and zeros.
+inline Mask first_lanes(int64_t left) { return _cvtu32_mask16((1u << std::clamp<int64_t>(left, 0, kLanes)) - 1); }
+inline Floats load_some(const float* from, int64_t left) { return _mm512_maskz_loadu_ps(first_lanes(left), from); }
+inline Floats load_some(const Half* from, int64_t left) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(left), from));
+}
+inline Floats load_some(const BFloat16* from, int64_t left) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(left), from);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
 // The words of 16 pairs (low[i], high[i]) of each part: to[part · part_elements][16][2].
