@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import pytest
@@ -16,32 +15,16 @@ import m3kernels
 from m3kernels import embed_tokens, layer_norm, linear, offsets_from_lengths, pack_linear
 from m3kernels.linear import PackedLinear, reference
 from m3kernels.linear.ops import LEAST_PACKED_ROWS
+from tests.cpu_paths import HERE, on_path
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORAGE = (*DTYPES, torch.int8)
 
 
-@contextmanager
-def on_path(isa: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("M3_CPU_ISA", isa)
-        yield
+needs_amx = pytest.mark.skipif("amx" not in HERE, reason="no AMX here")
 
 
-def here(isa: str) -> bool:
-    """Whether this machine runs the CPU path `isa`."""
-    with on_path(isa):
-        try:
-            return bool(torch.ops.m3_cpu.cpu_isa() == isa)
-        except RuntimeError:
-            return False
-
-
-PATHS = [isa for isa in ("portable", "avx2", "avx512", "avx512vnni", "amx") if here(isa)]
-needs_amx = pytest.mark.skipif("amx" not in PATHS, reason="no AMX here")
-
-
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=HERE)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with on_path(request.param):
         yield request.param
@@ -111,7 +94,7 @@ def test_linear_with_plain_weights_equals_the_float64_reference(dtype: torch.dty
 
 @settings(max_examples=80)
 @given(
-    isa=st.sampled_from(PATHS),
+    isa=st.sampled_from(HERE),
     rows=st.integers(0, 230),
     depth=st.integers(1, 140),
     columns=st.integers(1, 150),
@@ -171,7 +154,7 @@ def test_int8_is_the_same_on_every_path(
     a = arguments(rows, depth, columns, dtype)
     packed = pack_linear(a["weight"], torch.int8)
     results = []
-    for isa in PATHS:
+    for isa in HERE:
         if isa != "portable":  # which rounds a multiply-add twice
             with on_path(isa):
                 results.append(linear(a["x"], packed, a["bias"], activation=activation, residual=a["residual"]))

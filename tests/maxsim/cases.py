@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,31 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    """Within it, the CPU kernels use this instruction set."""
-    before = os.environ.get("M3_CPU_ISA")
-    os.environ["M3_CPU_ISA"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["M3_CPU_ISA"]
-        else:
-            os.environ["M3_CPU_ISA"] = before
-
-
-def why_missing(isa: str) -> str:
-    """What the kernels say where this machine lacks the instruction set; empty where it has it."""
-    with instruction_set(isa):
-        try:
-            torch.ops.m3_cpu.cpu_isa()
-        except (RuntimeError, AttributeError) as error:
-            return str(error).splitlines()[0]
-    return ""
 
 
 def offsets_of(lengths: list[int]) -> Tensor:

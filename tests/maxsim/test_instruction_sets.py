@@ -16,19 +16,15 @@ from torch import Tensor
 import m3kernels
 from m3kernels import QuantizedRows, _library, quantize_rows
 from m3kernels.maxsim import reference
+from tests.cpu_paths import HERE, on_path
 from tests.maxsim.cases import (
     DTYPES,
-    ISAS,
     Batch,
-    instruction_set,
     offsets_of,
     ragged_batch,
     similarity_bound,
-    why_missing,
 )
 from tests.maxsim.test_scores_and_gradients import assert_winners_are_maxima, forward
-
-HERE = tuple(isa for isa in ISAS if not why_missing(isa))
 
 pytestmark = pytest.mark.skipif(
     _library.cpu_kernel("maxsim_forward") is None, reason="the compiled CPU kernels are missing"
@@ -49,7 +45,7 @@ def test_scores_and_winners_agree_with_float64(
     expected, _ = reference.maxsim(*batch.to(torch.float64).rows, None, True)
     pairs = torch.cartesian_prod(torch.arange(len(queries)), torch.arange(len(passages))).to(torch.int32)
     for isa in HERE:
-        with instruction_set(isa):
+        with on_path(isa):
             scores, argmax = forward(batch)
             of_pairs = m3kernels.maxsim_pairs(*batch.rows, pairs)
             without_argmax = m3kernels.maxsim(*batch.rows)
@@ -69,10 +65,10 @@ def test_quantized_scores_are_the_same_bits(
 ) -> None:
     batch = ragged_batch(queries, passages, width, seed)
     rows = (batch.queries, quantize_rows(batch.passages, bits), batch.query_offsets, batch.passage_offsets)  # type: ignore[arg-type]
-    with instruction_set("portable"):
+    with on_path("portable"):
         expected = m3kernels.maxsim(*rows)
     for isa in HERE:
-        with instruction_set(isa):
+        with on_path(isa):
             assert torch.equal(m3kernels.maxsim(*rows), expected), isa
 
 
@@ -88,7 +84,7 @@ def test_the_first_of_equal_rows_wins_in_every_tile(isa: str, dtype: torch.dtype
         rows = passages.clone()
         rows[first:] = best
         batch = Batch(queries, rows, offsets_of([1, 16, 17, 266]), offsets_of([200]), torch.zeros(1) > 0).to(dtype)
-        with instruction_set(isa):
+        with on_path(isa):
             _, argmax = forward(batch)
         assert (argmax == first).all(), (first, argmax[argmax != first])
 
@@ -105,7 +101,7 @@ def test_numbers_that_are_not_finite_touch_only_what_they_belong_to(isa: str, dt
     passages, queries = plain.passages.clone(), plain.queries.clone()
     passages[38, 5] = value
     queries[21, 70] = value
-    with instruction_set(isa):
+    with on_path(isa):
         scores, argmax = forward(plain)
         with_passage, passage_argmax = forward(replace(plain, passages=passages))
         with_query, query_argmax = forward(replace(plain, queries=queries))
@@ -129,7 +125,7 @@ def test_numbers_that_are_not_finite_touch_only_what_they_belong_to(isa: str, dt
 def test_scores_follow_powers_of_two_exactly(isa: str, exponents: tuple[int, int]) -> None:
     batch = ragged_batch([5, 40], [40, 7, 33], 200)
     scaled = replace(batch, queries=batch.queries * 2.0 ** exponents[0], passages=batch.passages * 2.0 ** exponents[1])
-    with instruction_set(isa):
+    with on_path(isa):
         scores, argmax = forward(batch)
         scaled_scores, scaled_argmax = forward(scaled)
     assert torch.equal(scaled_scores, scores * 2.0 ** sum(exponents))
@@ -143,7 +139,7 @@ def test_float32_errors_are_at_most_twice_those_of_multiply_adds(isa: str, width
     exact = (batch.queries.double() @ batch.passages.double().T).mean(0)
 
     def error(of: str) -> float:
-        with instruction_set(of):
+        with on_path(of):
             return float((forward(batch)[0][0].double() - exact).square().mean().sqrt())
 
     assert error(isa) <= 2 * error("portable"), (error(isa), error("portable"))
@@ -154,7 +150,8 @@ import ctypes, mmap, sys
 import torch
 import m3kernels
 from m3kernels import quantize_rows
-from tests.maxsim.cases import DTYPES, instruction_set, ragged_batch
+from tests.cpu_paths import on_path
+from tests.maxsim.cases import DTYPES, ragged_batch
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -174,7 +171,7 @@ def before_a_wall(rows):
     return copy.copy_(rows)
 
 
-with instruction_set(sys.argv[1]):
+with on_path(sys.argv[1]):
     for width in (8, 24, 72, 200, 1024):
         for lengths in ([1], [3, 16], [40, 19]):
             batch = ragged_batch([5, 30, 7], lengths, width)
@@ -204,7 +201,7 @@ def test_scales_that_are_not_numbers_pass_through(isa: str) -> None:
     stored = quantize_rows(batch.passages)
     scales = stored.scales.clone()
     scales[17] = float("nan")
-    with instruction_set(isa):
+    with on_path(isa):
         scores = scores_of(batch, stored)
         changed = scores_of(batch, stored._replace(scales=scales))
     assert changed[0, 0].isnan()

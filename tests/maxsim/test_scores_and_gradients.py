@@ -13,15 +13,14 @@ from torch import Tensor
 import m3kernels
 from m3kernels import _library
 from m3kernels.maxsim import reference
+from tests.cpu_paths import ISAS, why_missing
 from tests.maxsim.cases import (
     DTYPES,
-    ISAS,
     Batch,
     offsets_of,
     ragged_batch,
     ragged_batches,
     similarity_bound,
-    why_missing,
 )
 
 pytestmark = pytest.mark.skipif(
