@@ -91,9 +91,10 @@ void multiply_bytes(
   const int64_t fitting = std::clamp(kWaitingTileCodes / factors.row_bytes / kPair * kPair, kPair, kMostByteRows);
   const int64_t row_blocks = std::max<int64_t>(1, (call.rows + fitting - 1) / fitting);
   const int64_t tall = up_to_multiple((call.rows + row_blocks - 1) / row_blocks, kPair);
+  const std::vector<ColumnRange> ranges = cut_columns(call.columns);
   std::vector<LinearBlock> blocks;
   for (int64_t row = 0; row < call.rows; row += tall) {
-    for (const ColumnRange& range : cut_columns(call.columns)) {
+    for (const ColumnRange& range : ranges) {
       blocks.push_back({row, std::min(row + tall, call.rows), range.first, range.last});
     }
   }
