@@ -39,13 +39,15 @@ def out_and_gradients(rows: list[Tensor], grad: Tensor, offsets: Tensor, random:
 
 
 def relative_errors(rows: list[Tensor], grad: Tensor, offsets: Tensor, random: dict[str, Any]) -> list[float]:
-    """Largest error of out, dq, dk and dv, each relative to the largest entry of its float64 reference."""
+    """Largest error of out, dq, dk and dv, each relative to the largest entry of its float64 reference, or to 1, the
+    size of the inputs' entries, where the reference is smaller: rows with a single key have dq = dk = 0 exactly, as
+    the difference of two numbers of that size."""
     exact = [x.double().requires_grad_() for x in rows]
     options = {"keep_probability": None, "dropout_p": 0.0, "seed": 0, **random}
     out, _ = reference.flash_attention_varlen(*exact, offsets, rows[0].shape[2] ** -0.5, **options)
     expected = [out, *torch.autograd.grad(out, exact, grad.double())]
     actual = out_and_gradients(rows, grad, offsets, random)
-    return [float((a - e).detach().abs().max() / e.abs().max().clamp_min(1e-30)) for a, e in zip(actual, expected)]
+    return [float((a - e).detach().abs().max() / e.abs().max().clamp_min(1.0)) for a, e in zip(actual, expected)]
 
 
 @settings(deadline=None, max_examples=25)
