@@ -37,7 +37,7 @@ struct KeyPanel {
 };
 
 struct BackwardOptions {
-  uint32_t keep_limit, dropout_limit;
+  int32_t keep_limit, dropout_limit;
 };
 
 template <int R>
@@ -74,21 +74,18 @@ void meet(
     }
     multiply_tile<R, 2>(panel.keys, queries, width, width, fetch_nothing(queries), scores);
     exp2(scores);
+    [[maybe_unused]] Mask kept[R][2];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 2; ++v) {
         Floats probability = scores[r][v];
         if constexpr (kSampled) {
-          const Ints hash = entry_hash(add(splat(block.sampling_keys[first + r]), column_keys[v]));
-          const Mask kept = at_most_unsigned(hash, word(options.keep_limit));
-          const Floats drawn = keep(kept, probability);
-          const Floats attended = select(equal(column[v], splat(0)), probability, drawn);
+          const Mask met = drawn(splat(block.sampling_keys[first + r]), column_keys[v], options.keep_limit);
+          const Floats attended = select(equal(column[v], splat(0)), probability, keep(met, probability));
           probability = select(equal(column[v], splat(int32_t(block.first + first + r))), splat(0.f), attended);
         }
         if constexpr (kDropout) {
-          // A dropped probability is remembered by its sign.
-          const Ints hash = entry_hash(add(splat(block.dropout_keys[first + r]), column_keys[v]));
-          probability = keep_sign(at_most_unsigned(hash, word(options.dropout_limit)), probability);
+          kept[r][v] = drawn(splat(block.dropout_keys[first + r]), column_keys[v], options.dropout_limit);
         }
         store(probabilities + (first + r) * kPanel + v * kLanes, probability);
       }
@@ -111,9 +108,8 @@ void meet(
         const Floats probability = load(at);
         Floats grad;
         if constexpr (kDropout) {
-          const Floats kept = larger(splat(0.f), probability);
-          store(at, kept);
-          grad = subtract(multiply(kept, grads[r][v]), multiply(magnitude(probability), delta));
+          store(at, keep(kept[r][v], probability));
+          grad = multiply(probability, subtract(keep(kept[r][v], grads[r][v]), delta));
         } else {
           grad = multiply(probability, subtract(grads[r][v], delta));
         }

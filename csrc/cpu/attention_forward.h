@@ -40,7 +40,7 @@ struct QueryPanel {
 };
 
 struct Limits {
-  uint32_t keep, dropout;
+  int32_t keep, dropout;
 };
 
 // Vector v of the panel's scores with row `row` of the tile, -∞ where sampling leaves it out.
@@ -48,8 +48,8 @@ inline Floats sampled_score(
     Floats score, const KeyTile& tile, int64_t row, const QueryPanel& panel, int v, const Limits& limits) {
   const int64_t column = tile.first + row;
   if (column > 0) {
-    const Ints hash = entry_hash(add(load(panel.sampling_keys + v * kLanes), splat(tile.column_keys[row])));
-    score = select(at_most_unsigned(hash, word(limits.keep)), score, splat(-kInfinity));
+    const Mask kept = drawn(load(panel.sampling_keys + v * kLanes), splat(tile.column_keys[row]), limits.keep);
+    score = select(kept, score, splat(-kInfinity));
   }
   const Ints query = add(lane_numbers(), splat(int32_t(panel.first + v * kLanes)));
   return select(equal(query, splat(int32_t(column))), splat(-kInfinity), score);
@@ -58,8 +58,7 @@ inline Floats sampled_score(
 // The weight, or 0 where dropout takes it away.
 inline Floats kept_weight(
     Floats weight, const KeyTile& tile, int64_t row, const QueryPanel& panel, int v, const Limits& limits) {
-  const Ints hash = entry_hash(add(load(panel.dropout_keys + v * kLanes), splat(tile.column_keys[row])));
-  return keep(at_most_unsigned(hash, word(limits.dropout)), weight);
+  return keep(drawn(load(panel.dropout_keys + v * kLanes), splat(tile.column_keys[row]), limits.dropout), weight);
 }
 
 [[gnu::noinline]] inline void rescale(float* values, int64_t rows, Floats factor_0, Floats factor_1) {

@@ -1,6 +1,6 @@
 // The random decisions of sampled attention and dropout, as m3kernels/attention/reference.py defines them: an entry
-// (row, column) is kept if hash(row key + column key) <= limit. Keys of rows and columns are computed here, once each; the
-// hash of an entry, in vectors, in attention_tiles.h.
+// (row, column) is kept if the square of row key + column key, a signed number, is < limit. Keys of rows and columns are
+// computed here, once each; squares, in vectors, in attention_tiles.h.
 #pragma once
 
 #include <algorithm>
@@ -19,16 +19,16 @@ inline uint32_t mix(uint32_t x) {
 }
 
 inline void write_column_keys(int64_t first, int64_t columns, int32_t* keys) {
-  for (int64_t column = 0; column < columns; ++column) keys[column] = static_cast<int32_t>(mix(uint32_t(first + column)));
+  for (int64_t column = 0; column < columns; ++column) keys[column] = static_cast<int32_t>(mix(uint32_t(first + column)) | 1);
 }
 
-// What the rows' keys of one sequence and stream have in common; a row's key is mix(row + this).
+// What the rows' keys of one sequence and stream have in common; a row's key is mix(row + this), made even.
 inline uint32_t stream_key(uint64_t seed, uint32_t sequence, uint32_t stream) {
   return mix(stream + mix(sequence + mix(static_cast<uint32_t>(seed >> 32) + mix(static_cast<uint32_t>(seed)))));
 }
 
-inline uint32_t keep_limit(double probability) {
-  return static_cast<uint32_t>(std::max<int64_t>(static_cast<int64_t>(std::ceil(probability * 0x1p32)), 1) - 1);
+inline int32_t keep_limit(double probability) {
+  return static_cast<int32_t>(std::min(std::ceil(probability * 0x1p32) - 0x1p31, 0x1p31 - 1));
 }
 
 }  // namespace m3

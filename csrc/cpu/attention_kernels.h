@@ -27,7 +27,7 @@ struct AttentionCall {
   float scale;
   bool sampled, dropout;
   uint64_t seed;
-  uint32_t keep_limit, dropout_limit;
+  int32_t keep_limit, dropout_limit;
   float dropout_factor;  // 1 / (1 - dropout_p)
 
   int64_t padded_width() const { return (width + 7) / 8 * 8; }

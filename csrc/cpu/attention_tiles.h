@@ -1,5 +1,5 @@
 // What forward and backward of attention share, generic over the vector type: float copies of rows, packed panels, and the
-// hash of random decisions in vectors. Included after one of micro/{portable,avx2,avx512}.h.
+// random decisions in vectors. Included after one of micro/{portable,avx2,avx512}.h.
 #pragma once
 
 #include "micro/exponential.h"
@@ -84,12 +84,11 @@ void write_transposed(
   }
 }
 
-// The hash of the entries whose row key plus column key is x.
-inline Ints entry_hash(Ints x) {
-  return multiply(exclusive_or(x, shift_right<15>(x)), splat(static_cast<int32_t>(kMultiplier1)));
+// Which entries are kept.
+inline Mask drawn(Ints row_keys, Ints column_keys, int32_t limit) {
+  const Ints sum = add(row_keys, column_keys);
+  return less(multiply(sum, sum), splat(limit));
 }
-
-inline Ints word(uint32_t x) { return splat(static_cast<int32_t>(x)); }
 
 inline Ints lane_numbers() {
   alignas(64) int32_t numbers[kLanes];
@@ -98,7 +97,7 @@ inline Ints lane_numbers() {
 }
 
 inline void row_keys(uint32_t stream, int64_t first, int64_t rows, int32_t* keys) {
-  for (int64_t row = 0; row < rows; ++row) keys[row] = static_cast<int32_t>(mix(stream + uint32_t(first + row)));
+  for (int64_t row = 0; row < rows; ++row) keys[row] = static_cast<int32_t>(mix(stream + uint32_t(first + row)) & ~1u);
 }
 
 }  // namespace m3::M3_ISA

@@ -30,37 +30,43 @@ SHARED_BY_HEADS = _WORD
 def mix(x: Tensor) -> Tensor:
     """A 32-bit integer hash (xor-shift, multiply, twice) of the low 32 bits of int64 `x`, as int64 in [0, 2³²)."""
     x = x & _WORD
-    x = _finish(((x ^ (x >> 16)) * _MULTIPLIERS[0]) & _WORD)
+    x = ((x ^ (x >> 16)) * _MULTIPLIERS[0]) & _WORD
+    x = ((x ^ (x >> 15)) * _MULTIPLIERS[1]) & _WORD
     return x ^ (x >> 15)
 
 
-def _finish(x: Tensor) -> Tensor:
-    return ((x ^ (x >> 15)) * _MULTIPLIERS[1]) & _WORD
-
-
 def row_keys(seed: int, sequence: int, stream: int, rows: Tensor) -> Tensor:
-    """Hash key of each row: mix(row + mix(stream + mix(sequence + mix(seed_high + mix(seed_low)))))."""
+    """Key of each row: mix(row + mix(stream + mix(sequence + mix(seed_high + mix(seed_low))))), made even."""
     key = mix(torch.tensor(seed & _WORD))
     key = mix(key + ((seed >> 32) & _WORD))
     key = mix(key + sequence)
     key = mix(key + stream)
-    return mix(rows.to(torch.int64) + key.to(rows.device))
+    return mix(rows.to(torch.int64) + key.to(rows.device)) & ~1
+
+
+def column_keys(columns: Tensor) -> Tensor:
+    """Key of each column: mix(column), made odd."""
+    return mix(columns) | 1
 
 
 def keep_limit(probability: float) -> int:
-    """An entry is kept if its hash is ≤ this number, which happens with `probability` (0 < probability ≤ 1)."""
-    return max(math.ceil(probability * 2**32), 1) - 1
+    """An entry is kept if its square, as a signed 32-bit number, is less than this: with `probability` (0 < p ≤ 1)."""
+    return min(math.ceil(probability * 2**32) - 2**31, 2**31 - 1)
 
 
 def kept(seed: int, sequence: int, stream: int, length: int, probability: float, device: torch.device) -> Tensor:
     """Decision for every (row, column) of a sequence: bool [length, length].
 
-    The sum of two mixed keys is finished by one xor-shift and one multiplication, half of a `mix`: what an entry costs
-    is what dropout costs.
+    The square of the sum of the row's and the column's key decides: one addition and one multiplication of 32 bits,
+    since what an entry costs is what dropout costs. The sum is odd; squares of odd numbers modulo 2³² are the numbers
+    8 n + 1, each as often as the other, so the probability is met to 2⁻²⁹. Nothing linear ties entries together: of the
+    squares at the corners of a rectangle the fourth differs from what three would give by 2 · (difference of the row
+    keys) · (difference of the column keys). int64 wraps around and keeps the low 32 bits right.
     """
     positions = torch.arange(length, dtype=torch.int64, device=device)
-    keys = row_keys(seed, sequence, stream, positions)
-    return _finish((keys[:, None] + mix(positions)[None, :]) & _WORD) <= keep_limit(probability)
+    sums = row_keys(seed, sequence, stream, positions)[:, None] + column_keys(positions)[None, :]
+    squares = (sums * sums + 2**31) & _WORD
+    return squares < keep_limit(probability) + 2**31
 
 
 def sampled_mask(seed: int, sequence: int, length: int, keep_probability: float, device: torch.device) -> Tensor:

@@ -68,8 +68,8 @@ class Options:
         return {
             "scale": self.scale,
             "seed_key": _as_int32(_seed_key(self.seed)),
-            "keep_limit": _as_int32(keep_limit(keep)),
-            "dropout_limit": _as_int32(keep_limit(1.0 - self.dropout_p)),
+            "keep_limit": keep_limit(keep),
+            "dropout_limit": keep_limit(1.0 - self.dropout_p),
             "dropout_factor": 1.0 / (1.0 - self.dropout_p),
             **self.switches,
             "PRECISION": "tf32" if self.allow_tf32 else "ieee",
@@ -425,29 +425,26 @@ def wrap_add(x, y):
 
 
 @triton.jit
-def finish(x):
-    return wrap_mul(x ^ (x >> 15), _MULTIPLIER_1)
-
-
-@triton.jit
 def mix(x):
     """The reference's hash of uint32."""
-    x = finish(wrap_mul(x ^ (x >> 16), _MULTIPLIER_0))
+    x = wrap_mul(x ^ (x >> 16), _MULTIPLIER_0)
+    x = wrap_mul(x ^ (x >> 15), _MULTIPLIER_1)
     return x ^ (x >> 15)
 
 
 @triton.jit
 def row_keys(seed_key, sequence, stream, rows):
-    """Hash keys of rows for one stream (a head, or all heads): uint32, as reference.row_keys."""
+    """Keys of rows for one stream (a head, or all heads): uint32, as reference.row_keys."""
     key = mix(wrap_add(seed_key.to(tl.uint32), sequence.to(tl.uint32)))
     key = mix(wrap_add(key, stream))
-    return mix(wrap_add(rows.to(tl.uint32), key))
+    return mix(wrap_add(rows.to(tl.uint32), key)) & 0xFFFFFFFE
 
 
 @triton.jit
 def is_kept(keys, columns, limit):
     """By the keys of rows and the numbers of columns, one of them [M, 1], the other [1, N]."""
-    return finish(wrap_add(keys, mix(columns.to(tl.uint32)))) <= limit.to(tl.uint32)
+    sums = wrap_add(keys, mix(columns.to(tl.uint32)) | 1)
+    return wrap_mul(sums, sums).to(tl.int32, bitcast=True) < limit
 
 
 @triton.jit

@@ -62,9 +62,8 @@ inline Floats select(Mask mask, Floats yes, Floats no) { return _mm256_blendv_ps
 inline Ints select(Mask mask, Ints yes, Ints no) {
   return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(no), _mm256_castsi256_ps(yes), mask));
 }
-// x, and elsewhere 0 or -x.
+// x, and elsewhere 0.
 inline Floats keep(Mask mask, Floats x) { return _mm256_and_ps(mask, x); }
-inline Floats keep_sign(Mask mask, Floats x) { return _mm256_xor_ps(x, _mm256_andnot_ps(mask, _mm256_set1_ps(-0.f))); }
 
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
@@ -81,13 +80,8 @@ inline Floats low_bits_as_exponent(Floats x) {
 
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints multiply(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
-inline Ints exclusive_or(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
-template <int kBits>
-Ints shift_right(Ints x) {
-  return _mm256_srli_epi32(x, kBits);
-}
 inline Mask equal(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
-inline Mask at_most_unsigned(Ints x, Ints limit) { return equal(_mm256_min_epu32(x, limit), x); }
+inline Mask less(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a)); }
 
 // rows[i][j] <-> rows[j][i].
 [[gnu::always_inline]] inline void transpose(Floats (&rows)[kLanes]) {

@@ -67,9 +67,8 @@ inline Mask beats(Floats x, Floats best) {
 }
 inline Floats select(Mask mask, Floats yes, Floats no) { return _mm512_mask_blend_ps(mask, no, yes); }
 inline Ints select(Mask mask, Ints yes, Ints no) { return _mm512_mask_blend_epi32(mask, no, yes); }
-// x, and elsewhere 0 or -x.
+// x, and elsewhere 0.
 inline Floats keep(Mask mask, Floats x) { return _mm512_maskz_mov_ps(mask, x); }
-inline Floats keep_sign(Mask mask, Floats x) { return _mm512_mask_sub_ps(x, _knot_mask16(mask), _mm512_setzero_ps(), x); }
 
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
@@ -84,13 +83,12 @@ inline Floats low_bits_as_exponent(Floats x) {
 
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints multiply(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
-inline Ints exclusive_or(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
 template <int kBits>
 Ints shift_right(Ints x) {
   return _mm512_srli_epi32(x, kBits);
 }
 inline Mask equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
-inline Mask at_most_unsigned(Ints x, Ints limit) { return _mm512_cmple_epu32_mask(x, limit); }
+inline Mask less(Ints a, Ints b) { return _mm512_cmplt_epi32_mask(a, b); }
 
 // rows[i][j] <-> rows[j][i].
 [[gnu::always_inline]] inline void transpose(Floats (&rows)[kLanes]) {

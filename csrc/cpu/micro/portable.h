@@ -66,9 +66,8 @@ inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 inline Mask beats(Floats x, Floats best) { return (x > best) | (x != x); }
 inline Floats select(Mask mask, Floats yes, Floats no) { return mask ? yes : no; }
 inline Ints select(Mask mask, Ints yes, Ints no) { return mask ? yes : no; }
-// x, and elsewhere 0 or -x.
+// x, and elsewhere 0.
 inline Floats keep(Mask mask, Floats x) { return reinterpret_cast<Floats>(mask & reinterpret_cast<Ints>(x)); }
-inline Floats keep_sign(Mask mask, Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) ^ (~mask & INT32_MIN)); }
 
 inline Floats add(Floats a, Floats b) { return a + b; }
 inline Floats subtract(Floats a, Floats b) { return a - b; }
@@ -85,13 +84,8 @@ inline Floats low_bits_as_exponent(Floats x) { return reinterpret_cast<Floats>(r
 typedef uint32_t Words __attribute__((vector_size(16)));
 inline Ints add(Ints a, Ints b) { return Ints(Words(a) + Words(b)); }
 inline Ints multiply(Ints a, Ints b) { return Ints(Words(a) * Words(b)); }
-inline Ints exclusive_or(Ints a, Ints b) { return a ^ b; }
-template <int kBits>
-Ints shift_right(Ints x) {
-  return Ints(Words(x) >> kBits);
-}
 inline Mask equal(Ints a, Ints b) { return a == b; }
-inline Mask at_most_unsigned(Ints x, Ints limit) { return Words(x) <= Words(limit); }
+inline Mask less(Ints a, Ints b) { return a < b; }
 
 // rows[i][j] <-> rows[j][i].
 inline void transpose(Floats (&rows)[kLanes]) {
