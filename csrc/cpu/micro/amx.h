@@ -231,7 +231,8 @@ inline Floats load_some(const BFloat16* from, int64_t left) {
 // The words of 16 pairs (low[i], high[i]) of each part: to[part · part_elements][16][2].
 template <int kParts>
 [[gnu::always_inline]] inline void split_pairs(Floats low, Floats high, BFloat16* to, int64_t part_elements) {
-  const Ints upper = splat(static_cast<int32_t>(0xffff0000u)), half = splat(int32_t{0x8000});
+  Ints upper = splat(static_cast<int32_t>(0xffff0000u)), half = splat(int32_t{0x8000});
+  asm("" : "+v"(upper), "+v"(half));  // GCC would make them anew from general registers in every round of a loop.
 #pragma GCC unroll 4
   for (int part = 0; part < kParts; ++part) {
     const bool rest = part + 1 < kParts;
