@@ -5,8 +5,9 @@
 
 Each peer runs in a process of its own, all alive together, and the processor's peak is measured in every round between
 them. Packages of other environments: M3_PEERS_PYTHON (PyLate, late-interaction-kernels, maxsim-cpu, numkong) and
-M3_PARITY_PYTHON (FlagEmbedding); a peer that is missing or crashes is a row that says so. On a machine that others use
-too, `chrt -f 10` before the command keeps them off the processors.
+M3_PARITY_PYTHON (FlagEmbedding); a peer that is missing or crashes is a row that says so. The largest error is that of
+a score, relative to its float64 value: numkong looks for the maxima in 8 bits. On a machine that others use too,
+`chrt -f 10` before the command keeps them off the processors.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ FIELDS = [
     "gflops",
     "fraction_of_peak",
     "extra_memory_mb",
+    "largest_error",
     "note",
 ]
 ROUNDS = 7
@@ -114,6 +116,7 @@ def measure(case_name: str) -> list[Row]:
             peer.ask({"case": case_name})
         # The first call of each, which finds no memory of calls before it.
         memory = {peer.name: peer.ask({"memory": True}).get("bytes", "") for peer in peers if not peer.note}
+        errors = {peer.name: peer.ask({"error": True}).get("error", "") for peer in peers if not peer.note}
         peaks = []
         for _ in range(ROUNDS):
             peaks.append(peak_flops(THREADS, 4_000_000))
@@ -149,6 +152,7 @@ def measure(case_name: str) -> list[Row]:
                 "times_ours": round(seconds / medians["m3kernels"], 2),
                 "gflops": "" if case.training else round(case.flops / seconds / 1e9, 1),
                 "fraction_of_peak": "" if case.training else round(case.flops / seconds / peak, 3),
+                "largest_error": f"{errors[peer.name]:.1e}" if errors.get(peer.name, "") != "" else "",
                 "extra_memory_mb": round((float(str(size)) - returned) / 1e6, 2) if size != "" else "",
             }
         rows.append(row)

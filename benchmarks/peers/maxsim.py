@@ -1,9 +1,10 @@
 """One implementation of late interaction in a process of its own, driven over stdin: a crash ends it and nothing else.
 
-    python -m benchmarks.peers.maxsim PEER          lines in: {"case": NAME}, {"memory": true}, {"run": true}
+    python -m benchmarks.peers.maxsim PEER          lines in: {"case": NAME}, {"memory": true}, {"error": true},
+                                                    {"run": true}
 
-It answers each line with a line of JSON: {"ready": true}, {"bytes": b} or {"seconds": s}. Rows are padded beforehand
-for peers that need it, and forms that an index would store are made beforehand; queries are not.
+It answers each line with a line of JSON: {"ready": true}, {"bytes": b}, {"error": e} or {"seconds": s}. Rows are padded
+beforehand for peers that need it, and forms that an index would store are made beforehand; queries are not.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def numkong(case: Case, rows: Tensor) -> Score:
 
     def score(queries: Tensor) -> Tensor:
         packed = [package.maxsim_pack(query.numpy()) for query in queries]
-        return torch.tensor([[package.maxsim_packed(query, passage) for passage in stored] for query in packed])
+        distances = [[package.maxsim_packed(query, passage) for passage in stored] for query in packed]
+        return queries.shape[1] - torch.tensor(distances)  # it sums 1 - cosine
 
     return score
 
@@ -176,6 +178,14 @@ def call_of(peer: str, case: Case) -> Callable[[], Tensor]:
     return step
 
 
+def _error(case: Case, scores: Tensor) -> float:
+    """Largest difference of a score and its float64 value, relative to that."""
+    queries, rows = (x.double() for x in case.rows())
+    best = [(queries @ passage.t()).amax(2).sum(1) for passage in rows.split(list(case.passage_lengths))]
+    exact = torch.stack(best, 1)
+    return float(((scores.double() - exact) / exact).abs().max())
+
+
 def _seconds(call: Callable[[], Tensor]) -> float:
     begin = time.perf_counter()
     call()
@@ -199,6 +209,7 @@ def _highest_resident() -> int:
 def main(peer: str, threads: int) -> None:
     torch.set_num_threads(threads)
     call: Callable[[], Tensor] | None = None
+    case = next(iter(CASES.values()))
     for line in sys.stdin:
         request = json.loads(line)
         if "case" in request:
@@ -217,7 +228,12 @@ def main(peer: str, threads: int) -> None:
             answer = {"missing": "no case"}
         else:
             with torch.set_grad_enabled(case.training):
-                answer = {"bytes": _peak(call)} if "memory" in request else {"seconds": _seconds(call)}
+                if "memory" in request:
+                    answer = {"bytes": _peak(call)}
+                elif "error" in request:
+                    answer = {"error": _error(case, call().detach())}
+                else:
+                    answer = {"seconds": _seconds(call)}
         print(json.dumps(answer), flush=True)
 
 

@@ -40,8 +40,8 @@ def flash_attention_varlen(
         keep_probability: sampled attention of RetroMAE's decoder (arXiv 2205.12035, section 3.3): each row attends to
             the first row of its sequence, never to itself, and to every other row with this probability in (0, 1].
             A row with nothing to attend to gives 0.
-        dropout_p: probability in [0, 1) of dropping an attention probability. Hashing costs time: on the CPU of
-            benchmarks/results/attention.csv 5 to 8 % of a forward, 5 to 7 % with its backward.
+        dropout_p: probability in [0, 1) of dropping an attention probability. It costs time: forward and backward of
+            heads of 64 take 2 to 3 % longer, of heads of 32 3 to 6 % (benchmarks/results/amx/attention_dropout.csv).
         seed: non-negative 64-bit number from which keep_probability and dropout_p draw, the same on every device.
         allow_tf32: let a GPU multiply float32 inputs in tf32.
 
