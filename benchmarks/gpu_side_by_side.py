@@ -315,8 +315,8 @@ thread issues for its block, counts for all its warps. *spilled B*: stack of a t
 0 for spills.
 
 Below each table stands every figure in which a public kernel is ahead of ours.
-[gpu_tile_trials.md](gpu_tile_trials.md) lists the other tiles of ours that were compiled, why the one that ships was
-kept, and the kernels for which that is still to do. What is common to them:
+[gpu_tile_trials.md](gpu_tile_trials.md) lists the other tiles of ours that were compiled for each, and why the one that
+ships was kept. What is common to them:
 
 - flash-attention-triton and flash-linear-attention lead where they spill: bytes of a spilled register do not count in
   FLOP/B, though each is a store and a load.
