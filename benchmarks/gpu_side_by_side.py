@@ -315,8 +315,8 @@ thread issues for its block, counts for all its warps. *spilled B*: stack of a t
 0 for spills.
 
 Below each table stands every figure in which a public kernel is ahead of ours.
-[gpu_tile_trials.md](gpu_tile_trials.md) lists the other tiles of ours that were compiled, why the one that ships was
-kept, and the kernels for which that is still to do. What is common to them:
+[gpu_tile_trials.md](gpu_tile_trials.md) lists the other tiles of ours that were compiled for each, and why the one that
+ships was kept. What is common to them:
 
 - flash-attention-triton and flash-linear-attention lead where they spill: bytes of a spilled register do not count in
   FLOP/B, though each is a store and a load.
@@ -330,8 +330,15 @@ kept, and the kernels for which that is still to do. What is common to them:
   float32, multiplied in tf32, which keeps the range of gradients and 10 bits of each weight; theirs is rounded to the
   rows' type, 8 bits in bfloat16, and float16 loses small gradients. Of our tiles 128x128x64 by 8 warps has 345 and 108
   on sm_80, 780 and 108 on sm_90, with half the occupancy, and idles on passages of fewer than 128 rows. A bf16 one-hot
-  side made it 580 on sm_80 and 482 on sm_90. Not written yet: two bf16 products, of the high and the low half of each
-  weight, which would keep the range and 16 bits.
+  side made it 580 on sm_80 and 482 on sm_90.
+- Two bf16 products of the high and the low half of each weight, instead of one in tf32, keep the range and 16 bits of
+  it. Tried for bfloat16 rows, useful FLOPs for each instruction and byte, tf32 → two halves; not shipped:
+  - sm_80: 64x128x32 by 8 warps 280 → 402 and 47, 25 % occupancy both; by 4 warps 504 and 54 (19 %); 128x128x32 by 8
+    warps 331 → 567 and 93 (12 %). Ahead of tf32, still behind late-interaction-kernels' 993; float16 rows would need
+    float16 weights, which lose small gradients, so sm_80 would have two arithmetics.
+  - sm_90: 64x128x64 by 8 warps 533 → 411, 128x128x64 780 → 638 (six groups of wgmma wait); by 4 warps 64x128x64 gains,
+    563 → 589, at 12 % occupancy. Behind the 790 that tf32 reaches with 128x128x32.
+  - sm_100: 128x128x64 by 8 warps 531 → 389; each of the six tiles tried loses.
 - Late interaction forward at 25 % occupancy and more: 64x128x64 by 8 warps has 1365 and 43 on sm_80 (25 %), 1440 and 43
   on sm_90 (25 %); 64x64x32 has 819 and 32 (38 %), 529 and 32 (50 %).
 - The gradient of queries on sm_90 at width 1024: two rows of 1024 by one warp, which ship, have 18.0 and 0.89 at 33 %

@@ -57,33 +57,57 @@ GRIDS: dict[tuple[str, str], list[Tile]] = {
 
 _TALL = "A tile of 256 rows is not shipped: a text of 100 tokens would compute 256 rows."
 _ROOM = "Tiles that load less spill with options, or exceed the 99 KiB of RTX cards, which take sm_80's table."
-_STAGES = "Three stages instead of two: one more tile under way in each block."
+_SUMS = "flash-attention-triton's bytes leave out its sums of grad_q."
 _TF32 = "Its one-hot side is tf32 to keep the range of gradients, at half the rate of 16 bits; see gpu_side_by_side.md."
+_FOLD = "Similarities stay in registers until they are folded into maxima, so occupancy is bought with smaller tiles."
+_ONE_ROW = (
+    "One row at a time (1x1024 by one warp) has 50 % occupancy and fewer FLOPs for each instruction; two rows have "
+    "more bytes under way on a multiprocessor ({} warps with 4 KiB each against 32 with 2)."
+)
 WHY = {
-    "attention/sm_80/forward/bf16/64": f"{_TALL} On sm_86 it spills, with options on sm_80 too.",
-    "attention/sm_80/backward_q/bf16/64": "flash-attention-triton's bytes leave out its sums of grad_q.",
-    "attention/sm_80/backward_kv/bf16/64": (
-        "64x128 spills with sampled attention or dropout. flash-attention-triton's bytes leave out its sums of grad_q."
+    "attention/sm_80/forward/bf16/32": (
+        f"The one that is ahead spills; 256x32 by 8 warps has its bytes and half its occupancy. {_TALL}"
     ),
+    "attention/sm_80/backward_q/bf16/32": f"{_SUMS} {_TALL}",
+    "attention/sm_80/backward_kv/bf16/32": f"{_SUMS} A tile of 256 keys is not shipped, for the reason of 256 rows.",
+    "attention/sm_90/forward/bf16/32": _TALL,
+    "attention/sm_80/forward/bf16/64": f"{_TALL} On sm_86 it spills, with options on sm_80 too.",
+    "attention/sm_80/backward_q/bf16/64": _SUMS,
+    "attention/sm_80/backward_kv/bf16/64": f"Calls with options, with which it spills, take 32x128. {_SUMS}",
     "attention/sm_90/forward/bf16/64": _TALL,
     "attention/sm_90/backward_kv/bf16/64": "A tile of 256 keys is not shipped, for the same reason as 256 query rows.",
+    "attention/sm_100/backward_kv/bf16/32": (
+        "flash-linear-attention's two warps run mma.sync, whose sums are registers; ours are in tensor memory and "
+        "are copied to registers. 64x64 by two warps (mma.sync, outside the grid) has 753 and 120 and spills 56 B. "
+        "Occupancy of 25 % costs a third of the FLOPs for each instruction (32x128 by 8 warps)."
+    ),
+    "attention/sm_100/backward_kv/bf16/64": (
+        "Two blocks on a multiprocessor leave 128 registers to a thread: 32x128 by 8 warps has 25 % and fewer FLOPs "
+        "for each instruction than the single pass."
+    ),
     "attention/sm_80/forward/bf16/128": _TALL,
+    "attention/sm_100/forward/bf16/128": (
+        "128x128 by 8 warps has 952 and spills 32 B. With one stage (outside the grid) it has 1225, 128 and 12 % and "
+        "spills nothing, but loads nothing ahead: its only block would wait for every tile, which no figure here shows."
+    ),
     "attention/sm_80/backward_q/bf16/128": _ROOM,
     "attention/sm_80/backward_kv/bf16/128": _ROOM,
     "attention/sm_90/forward/bf16/128": f"{_TALL} With dropout 128x128 spills; such calls take 128x64.",
     "attention/sm_90/backward_q/bf16/128": _TALL,
-    "maxsim/sm_80/forward/bf16/128": (
-        f"64x64x32, the smallest tried, has 38 % and half the FLOPs for each instruction and byte. {_STAGES}"
+    "maxsim/sm_80/forward/bf16/128": f"{_FOLD} 128x128x128 exceeds the 99 KiB of RTX cards, which take sm_80's table.",
+    "maxsim/sm_80/backward_q/bf16/256": (
+        "The tiles ahead have 1024 columns: at width 128 seven eighths of them are masked, and count here."
     ),
+    "maxsim/sm_80/backward_q/bf16/1024": _ONE_ROW.format(21),
     "maxsim/sm_90/forward/bf16/128": (
-        "Two stages of 128 columns have as many bytes under way as three of 64, which shipped before with 2405."
+        f"{_FOLD} Two stages of 128 columns have as many bytes under way as three of 64, which had 2405."
     ),
-    "maxsim/sm_90/backward_q/bf16/1024": (
-        "One row at a time (1x1024 by one warp) has 50 % occupancy and 16.7; two have more bytes under way on a "
-        "multiprocessor (21 warps with 4 KiB each against 32 with 2)."
-    ),
+    "maxsim/sm_90/backward_q/bf16/1024": _ONE_ROW.format(21),
+    "maxsim/sm_100/forward/bf16/128": f"{_FOLD} Of 128x128 every tile spills.",
+    "maxsim/sm_100/backward_q/bf16/1024": _ONE_ROW.format(17),
     "maxsim/sm_80/backward_p/bf16/1024": _TF32,
     "maxsim/sm_90/backward_p/bf16/1024": f"{_TF32} 128 passage rows would idle on shorter passages.",
+    "maxsim/sm_100/backward_p/bf16/1024": _TF32,
 }
 """Start of an entry's name → why the tile that ships was kept where another one, or a peer, is ahead in a figure."""
 
@@ -213,9 +237,21 @@ Larger tiles load fewer bytes and leave fewer warps on a multiprocessor: occupan
 The tiles that ship favour bytes and instructions, as tensor-core kernels usually do: with copies that run ahead
 (cp.async, wgmma) few warps hide latency. Whether that is right only a GPU tells (`m3 bench --tune`).
 
-Earlier trials changed five tiles: sm_80's gradients at head width 64 (about twice the FLOPs for each
-byte), sm_90's forward and gradient of keys at width 128 (1.2 and 1.8 times the useful FLOPs for each instruction) and
-MaxSim's gradient of passages on sm_90 (1.2 times).
+Trials changed twelve tiles. First sm_80's gradients at head width 64 (about twice the FLOPs for each byte), sm_90's
+forward and gradient of keys at width 128 (1.2 and 1.8 times the useful FLOPs for each instruction) and MaxSim's
+gradient of passages on sm_90 (1.2 times). Then, before → after, in FLOPs for each instruction and byte:
+
+| kernel | before | after |
+| --- | --- | --- |
+| attention, width 32: backward_kv, sm_80 | 64x128, 8w 2s: 623, 205 | 32x128, 4w 2s: 755, 205 |
+| attention, width 64: backward_kv, sm_80 (no options) | 32x128, 8w 2s: 907, 205 | 64x128, 8w 2s: 909, 228 |
+| attention, width 64: forward, sm_100 (no options) | 128x64, 8w 3s: 437, 128 | 128x128, 8w 2s: 551, 128 |
+| attention, width 128: backward_q, sm_100 (no dropout) | 64x64, 8w 2s: 759, 96 | 128x128, 8w 2s: 1489, 192 |
+| attention, width 128: backward_kv, sm_100 | 64x64, 8w 2s: 862, 120 | 64x128, 8w 2s: 1244, 241 |
+| late interaction: forward, sm_100 | 64x128x64, 8w 2s: 1237, 43 | 128x64x128, 8w 2s: 1579, 43 |
+| late interaction: backward_p, sm_100 | 64x128x64, 8w 2s: 362, 54 | 128x128x64, 8w 2s: 531, 108 |
+
+Occupancy is as it was but for backward_q at width 128 on sm_100, 12 % after 25 %.
 """
 
 
