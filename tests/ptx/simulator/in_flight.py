@@ -88,11 +88,12 @@ class InFlight:
             np.copyto(kept, registers[slot], where=lanes)
 
     def check_fenced(self, registers: Sequence[Lanes], slots: Slots, lanes: Lanes) -> None:
-        """Registers that a product reads were not written since the last fence."""
+        """Sums that a product adds to were not written since the last fence. Registers of A may be: LLVM moves what
+        makes them past the fence, and ptxas mends it (tests/ptx/test_arrival.py)."""
         for slot in slots:
             kept = self.fenced.get(slot)
             if kept is None or (kept[lanes] != registers[slot][lanes]).any():
-                raise Fault("wgmma uses a register that was written after the last wgmma.fence")
+                raise Fault("wgmma adds to a register that was written after the last wgmma.fence")
 
     def start(self, registers: Sequence[Lanes], slots: Slots, lanes: Lanes, keeps: Lanes, products: Lanes) -> None:
         """Add products [registers, active lanes] to the sums of the lanes; those that do not `keep` them start at 0."""

@@ -129,7 +129,6 @@ def _product(instruction: Instruction, kernel: Kernel) -> Execute:
         return _matrices(seen, rows, depth, mn_major, kind)
 
     def from_registers(wave: Wave, lanes: Lanes) -> Lanes:
-        wave.in_flight.check_fenced(wave.registers, a_slots, lanes)
         words = np.stack([wave.registers[slot][lanes] for slot in a_slots])
         wave.in_flight.operands.append(RegisterOperand(lanes, wave.in_flight.committed[lanes], a_slots, words))
         words = np.ascontiguousarray(words.reshape(4, -1, WARP).transpose(1, 0, 2))
