@@ -124,7 +124,7 @@ class CompiledFacts:
         return self.blocks_per_multiprocessor * self.num_warps / MULTIPROCESSORS[self.architecture].warps
 
 
-def compile_facts(
+def compile_kernel(
     kernel: Any,
     signature: Mapping[str, str],
     constants: Mapping[str, Any],
@@ -133,8 +133,8 @@ def compile_facts(
     aligned: tuple[str, ...] = (),
     num_warps: int,
     num_stages: int,
-) -> CompiledFacts:
-    """Compile `kernel` for sm_<architecture> and read the machine code.
+) -> Any:
+    """Triton's compilation of `kernel` for sm_<architecture>, a triton.compiler.CompiledKernel.
 
     Args:
         kernel: a @triton.jit function.
@@ -152,8 +152,14 @@ def compile_facts(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
-    return triton_facts(compiled)
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+
+
+def compile_facts(
+    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], architecture: int, **options: Any
+) -> CompiledFacts:
+    """What `compile_kernel` makes of the same arguments, its machine code read."""
+    return triton_facts(compile_kernel(kernel, signature, constants, architecture, **options))
 
 
 def triton_facts(compiled: Any) -> CompiledFacts:

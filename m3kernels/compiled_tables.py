@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from m3kernels import _library, _tiles, compiled_facts, machine_code
-from m3kernels.compiled_facts import CompiledFacts, compile_facts, configuration_hash, library_facts
+from m3kernels.compiled_facts import CompiledFacts, compile_kernel, configuration_hash, library_facts, triton_facts
 
 OPS = ("attention", "maxsim")
 ARCHITECTURES = (80, 86, 89, 90, 100)
@@ -103,18 +103,14 @@ def entries(ops: Iterable[str] = OPS, architectures: Iterable[int] = ARCHITECTUR
                     yield Entry(op, architecture, kernel, dtype, width, options, tile)
 
 
-def compile_entry(entry: Entry) -> CompiledFacts:
+def compile_entry(entry: Entry) -> Any:
+    """The kernel of an entry, compiled by Triton."""
+    return compile_kernel(_kernel(entry), **entry.configuration)
+
+
+def facts_of(entry: Entry) -> CompiledFacts:
     """Compile the kernel of an entry and read the machine code."""
-    arguments = entry.configuration
-    return compile_facts(
-        _kernel(entry),
-        arguments["signature"],
-        arguments["constants"],
-        entry.architecture,
-        aligned=arguments["aligned"],
-        num_warps=arguments["num_warps"],
-        num_stages=arguments["num_stages"],
-    )
+    return triton_facts(compile_entry(entry))
 
 
 def compile_entries(
@@ -137,7 +133,7 @@ def compile_entries(
     if missing:
         workers = min(len(missing), len(os.sched_getaffinity(0)))
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            running = {pool.submit(compile_entry, entry): entry for entry in missing}
+            running = {pool.submit(facts_of, entry): entry for entry in missing}
             for done in as_completed(running):
                 entry = running[done]
                 found[entry] = done.result()

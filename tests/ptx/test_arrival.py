@@ -17,17 +17,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from m3kernels import compiled_tables
-from m3kernels.attention import triton_kernels as attention
 from m3kernels.compiled_tables import Entry
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {"forward": attention.forward_kernel, "backward_kv": attention.backward_kv_kernel}
+KERNELS = ("forward", "backward_kv")
 ENTRIES = [
     entry
     for entry in compiled_tables.entries(("attention",), (90,))
@@ -56,17 +52,8 @@ def late_writes(code: str) -> tuple[int, list[str]]:
 
 
 def machine_code_of(entry: Entry) -> str:
-    configuration = entry.configuration
-    names = list(configuration["signature"])
-    source = ASTSource(
-        fn=KERNELS[entry.kernel],
-        signature=dict(configuration["signature"]),
-        constexprs=dict(configuration["constants"]),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in configuration["aligned"]},
-    )
-    options = {name: configuration[name] for name in ("num_warps", "num_stages")}
     with compiled_tables.triton_cache(ROOT / ".cache" / "triton"):
-        compiled = triton.compile(source, target=GPUTarget("cuda", entry.architecture, 32), options=options)
+        compiled = compiled_tables.compile_entry(entry)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

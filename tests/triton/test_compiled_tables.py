@@ -119,7 +119,7 @@ def test_facts_are_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.Monke
     done: list[int] = []
     first = compiled_tables.compile_entries([entry], compiled_tables.cache_folder(), done.append)
     (file,) = (tmp_path / "static").iterdir()
-    monkeypatch.setattr(compiled_tables, "compile_entry", None)
+    monkeypatch.setattr(compiled_tables, "facts_of", None)
     assert compiled_tables.compile_entries([entry], compiled_tables.cache_folder(), done.append) == first
     assert done == [0, 1, 1]
     file.write_text("{")  # half a file of another writer is compiled anew, not believed
@@ -196,7 +196,7 @@ def test_the_tool_sees_wgmma_products_that_wait_for_each_other() -> None:
     """A second stage leaves products in flight while the next A is written to their registers."""
     shipped = next(entry for entry in ENTRIES if entry.name == "maxsim/sm_90/backward_p/tf32/1024/plain")
     block = shipped.tile[:-1]
-    facts = [compiled_tables.compile_entry(replace(shipped, tile=(*block, stages))) for stages in (1, 2)]
+    facts = [compiled_tables.facts_of(replace(shipped, tile=(*block, stages))) for stages in (1, 2)]
     assert [one.serialized_products > 0 for one in facts] == [False, True]
     assert any("wait for each other" in problem for problem in compiled_tables.problems(facts[1], "tf32"))
 
