@@ -27,9 +27,9 @@ from m3model.retrieval import fingerprint
 __all__ = ["HYBRID_WEIGHTS", "UNTRAINED_WEIGHTS", "Weights", "fine_tuned"]
 
 Weights = tuple[float, float, float]
-HYBRID_WEIGHTS: Weights = (1.0, 0.3, 2.0)
+HYBRID_WEIGHTS: Weights = (0.1, 0.15, 1.0)
 """Of dense, sparse and multi-vector in the hybrid of the trained model, chosen on development pairs."""
-UNTRAINED_WEIGHTS: Weights = (1.0, 0.3, 3.0)
+UNTRAINED_WEIGHTS: Weights = (1.0, 0.1, 1.0)
 """Of the model before, likewise."""
 
 _RECIPE: dict[str, Any] = {

@@ -75,7 +75,7 @@ def _ask(model: M3Model, index: ExactIndex, pairs: Sequence[Pair], weights: Weig
     summaries = {pair.name: pair.summary for pair in pairs}
     queries = model.encode([question.text for question in QUESTIONS], role="query")
     rows, expected = [], 0
-    for question, ranking in zip(QUESTIONS, index.search(queries, 1, weights=weights)):
+    for question, ranking in zip(QUESTIONS, index.search(queries, 1, weights=weights, rerank=None)):
         for hit in ranking:
             scores = [f"{score:.3f}" for score in (hit.dense, hit.sparse, hit.multi_vector) if score is not None]
             answers = hit.id in question.answers
