@@ -7,9 +7,10 @@ Three sets of pairs (m3model/demo/docstrings.py): trained on, development, held 
 pairs; `measure` looks at the held-out ones with what is committed, as `m3 demo --seed SEED` does. A seed draws the
 batches.
 
-Of the recipe (m3model/demo/fine_tuning.py) the batches of one module, the loss weights and the hybrid's weights were
-chosen on development pairs, with one seed. Steps, learning rates and the absence of distillation are older: they were
-chosen on other splits, whose pairs may be held out now. That nothing is dropped out was not compared with anything.
+Of the recipe (m3model/demo/fine_tuning.py) the hybrid's weights were chosen on the development pairs of this draw, with
+seed 1. The batches of one module and the loss weights were chosen on those of the draw before, with one seed; steps,
+learning rates and the absence of distillation are older: they were chosen on other splits, whose pairs may be held out
+now. That nothing is dropped out was not compared with anything.
 
 A seed's trained model stays in .cache/benchmarks/demo/seed-SEED, so `measure` after `choose` trains nothing again.
 
