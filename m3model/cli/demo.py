@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 TOKENS = 210_000
-STEPS = 45
+STEPS = 60
 
 
 def demo(

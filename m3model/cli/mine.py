@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,6 +24,10 @@ from m3model.cli.options import (
     load_model,
     parse_weights,
 )
+
+if TYPE_CHECKING:
+    from m3model.model import M3Model
+    from m3model.retrieval.milvus import MilvusIndex
 
 
 def mine(
@@ -58,6 +63,13 @@ def mine(
     query_max_length: Annotated[int, typer.Option(min=3, help="Tokens at which longer queries are cut.")] = 512,
     passage_max_length: Annotated[int, typer.Option(min=3, help="Tokens at which longer passages are cut.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 0,
+    milvus: Annotated[
+        str | None,
+        typer.Option(
+            help="Search in Milvus: a new file ending in .db, or a URI; its token in MILVUS_TOKEN.", metavar="PLACE"
+        ),
+    ] = None,
+    collection: Annotated[str, typer.Option(help="In Milvus; must be new and stays.")] = "mine",
     block: Annotated[int, typer.Option(min=1, help="Passages and rows encoded and stored at a time.")] = 512,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has done.")] = False,
     batch_tokens: BatchTokens = None,
@@ -103,13 +115,16 @@ def mine(
         return (document.text for document in read_documents(corpus, lines=lines))
 
     loaded = load_model(model, device, dtype)
-    with _bars() as progress:
+    with ExitStack() as stack:
+        progress = stack.enter_context(_bars())
+        index = None if milvus is None else stack.enter_context(_milvus(milvus, collection, loaded, head))
         summary = mine_hard_negatives(
             loaded,
             rows,
             out,
             corpus=passages if corpus else None,
             options=options,
+            milvus=index,
             batch_tokens=batch_tokens,
             restart=restart,
             progress=progress,
@@ -119,6 +134,21 @@ def mine(
         print_json(facts)
     else:
         print_table([name.replace("_", " ") for name in facts], [[str(value) for value in facts.values()]])
+
+
+def _milvus(place: str, collection: str, model: M3Model, head: str) -> MilvusIndex:
+    """The index in Milvus, made if it is not there."""
+    from m3model.retrieval.fingerprint import fingerprint
+    from m3model.retrieval.milvus import MilvusIndex
+
+    return MilvusIndex(
+        place,
+        collection,
+        width=model.config.hidden_size,
+        row_width=model.config.multi_vector_dim if head in ("multi_vector", "all") else None,
+        fingerprint=fingerprint(model),
+        token=os.environ.get("MILVUS_TOKEN", ""),
+    )
 
 
 @contextmanager

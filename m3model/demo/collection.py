@@ -27,7 +27,7 @@ from m3model.model import M3Model
 
 __all__ = ["Collection", "digest", "make_collection", "with_token_weights"]
 
-_RECIPE = 3
+_RECIPE = 4
 _SAMPLE_TOKENS = 12_000
 
 

@@ -74,13 +74,18 @@ def _stage(name: str, what: str) -> Iterator[None]:
 def _ask(model: M3Model, index: ExactIndex, pairs: Sequence[Pair], weights: Weights) -> None:
     summaries = {pair.name: pair.summary for pair in pairs}
     queries = model.encode([question.text for question in QUESTIONS], role="query")
-    rows = []
-    for question, ranking in zip(QUESTIONS, index.search(queries, 1, weights=weights)):
+    rows, expected = [], 0
+    for question, ranking in zip(QUESTIONS, index.search(queries, 1, weights=weights, rerank=None)):
         for hit in ranking:
             scores = [f"{score:.3f}" for score in (hit.dense, hit.sparse, hit.multi_vector) if score is not None]
-            rows.append([question.language, question.text, hit.id, shortened(summaries[hit.id], 70), *scores])
-    columns = ["", "question", "found", "which says of itself", "dense", "sparse", "multi"]
-    print_table(columns, rows, title="The first hit of each question", right="dense sparse multi")
+            answers = hit.id in question.answers
+            expected += answers
+            verdict = "yes" if answers else "no"
+            summary = shortened(summaries[hit.id], 70)
+            rows.append([question.language, question.text, hit.id, verdict, summary, *scores])
+    columns = ["", "question", "found", "expected", "which says of itself", "dense", "sparse", "multi"]
+    title = f"The first hit of each question: {expected} of {len(QUESTIONS)} are what was expected"
+    print_table(columns, rows, title=title, right="dense sparse multi")
 
 
 def _say_what_next(folder: Path, place: Path, seconds: float) -> None:

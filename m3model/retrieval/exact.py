@@ -194,6 +194,10 @@ class ExactIndex:
             raise KeyError(f"there is no document {document!r} in the index")
         return self._by_serial[place >> _PLACE_BITS].segment.document(place & (1 << _PLACE_BITS) - 1)
 
+    def documents(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """`document` of each id."""
+        return [self.document(name) for name in ids]
+
     def search(
         self,
         queries: EncodedTexts,

@@ -65,6 +65,7 @@ class MilvusIndex:
     """An index in Milvus; a `SearchIndex` with upsert, delete and filters.
 
     Attributes:
+        place: URI and name.
         fingerprint: of the model that made the embeddings, or None.
         width: of dense vectors; row_width: of multi-vector rows, or None if the index holds none.
     """
@@ -106,6 +107,7 @@ class MilvusIndex:
             raise ValueError(f"name is {name!r}; accepted: letters, digits and underscores, no digit first")
         self._milvus = pymilvus
         self._uri, self._name, self._timeout = os.fspath(uri), name, timeout
+        self.place = f"{self._uri} {name}"
         try:
             self._client = pymilvus.MilvusClient(uri=self._uri, token=token, timeout=timeout)
             exists = self._client.has_collection(name, timeout=timeout)
@@ -227,11 +229,19 @@ class MilvusIndex:
         Raises:
             KeyError: there is no such id.
         """
-        stored = self._stored([document], "document")
-        if document not in stored:
-            raise KeyError(f"there is no document {document!r} in the index")
-        loaded: dict[str, Any] = json.loads(stored[document])
-        return loaded
+        return self.documents([document])[0]
+
+    def documents(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """`document` of each id, asked for together.
+
+        Raises:
+            KeyError: an id is not there.
+        """
+        stored = self._stored(ids, "document")
+        for document in ids:
+            if document not in stored:
+                raise KeyError(f"there is no document {document!r} in the index")
+        return [json.loads(stored[document]) for document in ids]
 
     def search(
         self,

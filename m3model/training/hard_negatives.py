@@ -12,7 +12,8 @@ Ranks count from 0 with the positives among them, as in FlagEmbedding's hn_mine.
 margins. Texts are compared up to white space. What is drawn for a row depends on seed and row number alone.
 
 A run leaves what it has done in the folder OUT.mining: the index of the corpus, a block of passages at a time, and the
-rows mined so far. A killed run goes on from there when it is repeated, and ends in the same bytes.
+rows mined so far. A killed run goes on from there when it is repeated, and ends in the same bytes. With an index in
+Milvus the corpus lies there instead, and stays there.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from m3model.files import flush, locked, write_whole
 from m3model.retrieval.exact import ExactIndex
 from m3model.retrieval.fingerprint import fingerprint
 from m3model.retrieval.interface import CANDIDATES, RERANK, Head, Ranking
+from m3model.retrieval.milvus import MilvusIndex
 from m3model.retrieval.storage import is_index
 from m3model.retrieval.streaming import ingest_stream
 from m3model.scoring import DEFAULT_WEIGHTS, check_weights
@@ -165,6 +167,7 @@ def mine_hard_negatives(
     *,
     corpus: Corpus | None = None,
     options: MiningOptions | None = None,
+    milvus: MilvusIndex | None = None,
     batch_tokens: int | None = None,
     restart: bool = False,
     progress: Progress = lambda _stage, _done, _total: None,
@@ -178,13 +181,16 @@ def mine_hard_negatives(
         rows: JSON lines as `read_training_rows` reads them.
         out: JSON lines; appears when it is complete.
         corpus: gives the passages to choose from, the same ones whenever it is called; default all passages of rows.
+        milvus: searched in place of an exact index on disk; empty, or that of the unfinished run. Heads that rank by
+            multi-vectors need them in it.
         restart: forget what an unfinished run has done.
         progress: called with "corpus" or "rows", how many are done, and of how many.
 
     Raises:
         FileExistsError: out is there.
         TrainingDataError: a bad row.
-        ValueError: an unfinished run had other rows, corpus, options or model; out is named like a packed file.
+        ValueError: an unfinished run had other rows, corpus, options, index or model; out is named like a packed file;
+            milvus holds other documents.
         RuntimeError: another process mines into out.
     """
     options = options or MiningOptions()
@@ -197,10 +203,13 @@ def mine_hard_negatives(
     folder = target.with_name(f"{target.name}.mining")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", f"another process mines into {target}"):
-        _check_state(folder, {"mark": scan.mark, "options": _plain(options)}, restart)
-        encoder = _Encoder(model, options, batch_tokens)
+        if milvus is not None and len(milvus) and (restart or not (folder / _STATE).exists()):
+            raise ValueError(f"{milvus.place} holds documents; accepted: an empty index")
+        place = None if milvus is None else milvus.place
+        _check_state(folder, {"mark": scan.mark, "options": _plain(options), "index": place}, restart)
+        encoder = _Encoder(model, options, batch_tokens, milvus)
         summary = MiningSummary(len(scan.digests))
-        index = _index(folder, scan, _corpus_texts(source, corpus), encoder, options, progress)
+        index = _index(folder, scan, _corpus_texts(source, corpus), encoder, options, milvus, progress)
         part = folder / _PART
         _mine(index, source, part, scan, encoder, options, summary, progress)
         os.replace(part, target)
@@ -244,7 +253,7 @@ def choose_negatives(
 
 
 def _mine(
-    index: ExactIndex,
+    index: ExactIndex | MilvusIndex,
     source: Path,
     part: Path,
     scan: _Scan,
@@ -282,7 +291,7 @@ def _mine(
 
 
 def _mined_line(
-    index: ExactIndex,
+    index: ExactIndex | MilvusIndex,
     scan: _Scan,
     values: dict[str, Any],
     row: TrainingRow,
@@ -316,7 +325,7 @@ def _mined_line(
     summary.near_positives += near
     summary.short_rows += len(chosen) < options.negatives
     mined = {key: value for key, value in values.items() if key not in ("neg", "pos_scores", "neg_scores")}
-    mined["neg"] = [index.document(str(number))["text"] for number in chosen]
+    mined["neg"] = [document["text"] for document in index.documents([str(number) for number in chosen])]
     try:
         return (json.dumps(mined, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # lone surrogates, which only an escape can hold
@@ -324,15 +333,18 @@ def _mined_line(
 
 
 class _Encoder:
-    """Embeddings of the representations that the head needs."""
+    """Embeddings of the representations that the head or the index in Milvus needs."""
 
-    def __init__(self, model: M3Model, options: MiningOptions, batch_tokens: int | None) -> None:
+    def __init__(
+        self, model: M3Model, options: MiningOptions, batch_tokens: int | None, milvus: MilvusIndex | None
+    ) -> None:
         self.model, self.options, self.batch_tokens = model, options, batch_tokens
         mixed = options.head in ("multi_vector", "all")
+        both = mixed or milvus is not None
         self.parts = {
-            "dense": mixed or "dense" in options.head,
-            "sparse": mixed or "sparse" in options.head,
-            "multi_vector": mixed,
+            "dense": both or "dense" in options.head,
+            "sparse": both or "sparse" in options.head,
+            "multi_vector": mixed or (milvus is not None and milvus.row_width is not None),
         }
 
     def __call__(self, texts: Sequence[str], role: Role) -> EncodedTexts:
@@ -353,18 +365,16 @@ def _index(
     texts: Iterator[str],
     encoder: _Encoder,
     options: MiningOptions,
+    milvus: MilvusIndex | None,
     progress: Progress,
-) -> ExactIndex:
-    """The index of the corpus under the numbers of its texts; what the folder holds of it is not made again."""
+) -> ExactIndex | MilvusIndex:
+    """The index of the corpus under the numbers of its texts; what it holds already is not made again."""
     mark, path = fingerprint(encoder.model), folder / "index"
-    if is_index(path):
-        index = ExactIndex.load(path)
-        try:
-            index.check_model(mark)
-        except ValueError as error:
-            raise ValueError(f"{folder} holds an unfinished run of another model; restart forgets it") from error
-    else:
-        index = ExactIndex(mark)
+    index = milvus if milvus is not None else ExactIndex.load(path) if is_index(path) else ExactIndex(mark)
+    try:
+        index.check_model(mark)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds an unfinished run of another model; restart forgets it") from error
 
     def embed(contents: Sequence[Mapping[str, Any]]) -> EncodedTexts:
         return encoder([options.passage_instruction + content["text"] for content in contents], "passage")
@@ -372,9 +382,14 @@ def _index(
     total, done = len(scan.digests), 0
     progress("corpus", done, total)
     documents = ((str(number), {"text": text}) for number, text in enumerate(compress(texts, scan.fresh)))
-    for stored in ingest_stream(index, documents, embed, folder=str(path), block=options.block):
+    place = None if milvus is not None else str(path)
+    for stored in ingest_stream(index, documents, embed, folder=place, block=options.block):
         done += len(stored)
         progress("corpus", done, total)
+    if milvus is not None:
+        if len(milvus) != total:
+            raise ValueError(f"{milvus.place} holds {len(milvus)} documents, the corpus {total}; accepted: no others")
+        return milvus
     return ExactIndex.load(path, verify=False)  # mapped into memory, what was added in memory too
 
 
@@ -435,6 +450,7 @@ def _check_state(folder: Path, state: dict[str, Any], restart: bool) -> None:
         if before != state:
             other = [name for name, value in state["options"].items() if before["options"].get(name) != value]
             other += ["rows or corpus"] if before["mark"] != state["mark"] else []
+            other += ["index"] if before.get("index") != state["index"] else []
             raise ValueError(f"{folder} holds an unfinished run with other {', '.join(other)}; restart forgets it")
         return
     write_whole(path, json.dumps(state))

@@ -55,6 +55,7 @@ def test_the_demo_ends_with_figures_answers_and_commands_and_is_not_repeated(tmp
     assert result.exit_code == 0, result.output
     for word in ("MRR@10", "Recall@10", "dense", "sparse", "multi-vector", "hybrid", "Japanese", "Try next:", "search"):
         assert word in result.stdout
+    assert "0 of 12 are what was expected" in result.stdout
     rows = [json.loads(line) for line in (folder / "documents.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [pair.name for pair in PAIRS]
     assert len(ExactIndex.load(folder / "index")) == len(PAIRS)

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from typer.testing import CliRunner, Result
 
 from m3model import M3Model
 from m3model.cli.app import app
+from m3model.retrieval.fingerprint import fingerprint
+from m3model.retrieval.milvus import MilvusIndex
 from m3model.training import TrainingDataError
 from m3model.training.hard_negatives import MiningOptions, choose_negatives, mine_hard_negatives
 from m3model.training.inspection import text_digest
@@ -344,3 +347,35 @@ def test_wrong_arguments_of_the_command_have_status_2(folder: Path, rows: Path, 
     assert m3(*good, "--head", "tokens").exit_code == m3(*good, "--margin", -1).exit_code == 2
     assert m3("-m", folder, rows, "-o", rows).exit_code == 2
     assert m3("-m", folder, "-", "-o", tmp_path / "out.jsonl").exit_code == 2
+
+
+@pytest.mark.skipif(not all(map(find_spec, ("pymilvus", "milvus_lite"))), reason="pip install m3kernels[milvus]")
+def test_an_index_in_milvus_mines_the_same_and_a_stopped_run_goes_on(
+    model: M3Model, folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    options = MiningOptions(negatives=3, rank_range=(1, 20), block=16)
+    mine_hard_negatives(model, rows, tmp_path / "expected.jsonl", options=options)
+    out, place = tmp_path / "out.jsonl", tmp_path / "mined.db"
+
+    def stop(stage: str, done: int, _total: int) -> None:
+        if (stage, done) == ("rows", 32):
+            raise KeyboardInterrupt
+
+    with MilvusIndex(place, "mine", width=model.config.hidden_size, fingerprint=fingerprint(model)) as index:
+        with pytest.raises(KeyboardInterrupt):
+            mine_hard_negatives(model, rows, out, options=options, milvus=index, progress=stop)
+        with pytest.raises(ValueError, match="an unfinished run with other index; restart forgets it"):
+            mine_hard_negatives(model, rows, out, options=options)
+        with pytest.raises(ValueError, match="holds documents; accepted: an empty index"):
+            mine_hard_negatives(model, rows, out, options=options, milvus=index, restart=True)
+    good = ["-m", folder, rows, "-o", out, "--negatives", 3, "--ranks", "1-20", "--block", 16, "--milvus", place]
+    result = m3(*good, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["resumed_rows"] == 32
+    # Sums are added up in another order, so near ties may change places.
+    pairs = list(zip(read(out), read(tmp_path / "expected.jsonl")))
+    assert len(pairs) == 60 and sum(found == expected for found, expected in pairs) >= 50
+    assert not (tmp_path / "out.jsonl.mining").exists()
+    out.unlink()
+    refused = m3(*good)
+    assert refused.exit_code == 1 and "accepted: an empty index" in refused.stderr
