@@ -155,13 +155,6 @@ def compile_kernel(
     return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
 
 
-def compile_facts(
-    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], architecture: int, **options: Any
-) -> CompiledFacts:
-    """What `compile_kernel` makes of the same arguments, its machine code read."""
-    return triton_facts(compile_kernel(kernel, signature, constants, architecture, **options))
-
-
 def triton_facts(compiled: Any) -> CompiledFacts:
     """Facts of a kernel that Triton has compiled."""
     (function,) = machine_code.functions(compiled.asm["cubin"])

@@ -18,7 +18,8 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +89,14 @@ class Function:
 
 def functions(cubin: bytes) -> list[Function]:
     """All kernels of a cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return _functions(Path(file.name))
+    with _written(cubin) as path:
+        return _functions(path)
+
+
+def disassembly(cubin: bytes) -> str:
+    """The text of all kernels, an instruction a line with its address and operands."""
+    with _written(cubin) as path:
+        return _disassembly(path)
 
 
 def library_functions(library: Path) -> dict[int, list[Function]]:
@@ -165,7 +170,7 @@ def demangled(name: str) -> str:
 def _functions(path: Path) -> list[Function]:
     usage = _run("cuobjdump", "--dump-resource-usage", str(path))
     elf = _run("cuobjdump", "-elf", str(path))
-    text = _run("nvdisasm", "-c", str(path))
+    text = _disassembly(path)
     bodies = dict(_split(text, r"^\s*\.section\s+\.text\.([^\s,]+),"))
     threads = {}
     for name, body in _split(elf, r"^\.nv\.info\.(\S+)"):
@@ -242,6 +247,18 @@ def _split(text: str, heading: str) -> list[tuple[str, str]]:
     """Pairs of what a heading's group matched and the text up to the next heading."""
     parts = re.split(heading, text, flags=re.M)
     return list(zip(parts[1::2], parts[2::2]))
+
+
+@contextmanager
+def _written(cubin: bytes) -> Iterator[Path]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        yield Path(file.name)
+
+
+def _disassembly(path: Path) -> str:
+    return _run("nvdisasm", "-c", str(path))
 
 
 def _run(tool: str, *arguments: str, folder: str | None = None) -> str:

@@ -209,7 +209,6 @@ def _highest_resident() -> int:
 def main(peer: str, threads: int) -> None:
     torch.set_num_threads(threads)
     call: Callable[[], Tensor] | None = None
-    case = next(iter(CASES.values()))
     for line in sys.stdin:
         request = json.loads(line)
         if "case" in request:

@@ -9,17 +9,13 @@ that a GPU would run is read.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton import knobs
-
-from m3kernels import compiled_tables
+from m3kernels import compiled_tables, machine_code
 from m3kernels.compiled_tables import Entry
 
 ROOT = Path(__file__).parents[2]
@@ -54,11 +50,7 @@ def late_writes(code: str) -> tuple[int, list[str]]:
 def machine_code_of(entry: Entry) -> str:
     with compiled_tables.triton_cache(ROOT / ".cache" / "triton"):
         compiled = compiled_tables.compile_entry(entry)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return machine_code.disassembly(compiled.asm["cubin"])
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

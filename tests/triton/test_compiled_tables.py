@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from m3kernels import _library, compiled_facts, compiled_tables, machine_code, static_report
-from m3kernels.compiled_facts import CompiledFacts, compile_facts
+from m3kernels.compiled_facts import CompiledFacts, compile_kernel, triton_facts
 from m3kernels.compiled_tables import Entry
 
 ROOT = Path(__file__).parents[2]
@@ -169,7 +169,7 @@ def planted_product(a_ptr, b_ptr, out_ptr, K, PRECISION: tl.constexpr, BLOCK_M: 
 def planted(dtype: str, block: int, num_warps: int, num_stages: int = 2) -> CompiledFacts:
     signature = {"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "out_ptr": "*fp32", "K": "i32"}
     constants = {"PRECISION": "ieee", "BLOCK_M": block, "BLOCK_N": block}
-    return compile_facts(
+    compiled = compile_kernel(
         planted_product,
         {**signature, **dict.fromkeys(constants, "constexpr")},
         constants,
@@ -178,6 +178,7 @@ def planted(dtype: str, block: int, num_warps: int, num_stages: int = 2) -> Comp
         num_warps=num_warps,
         num_stages=num_stages,
     )
+    return triton_facts(compiled)
 
 
 def test_the_tool_sees_spills() -> None:

@@ -153,9 +153,9 @@ def _fence(instruction: Instruction, kernel: Kernel) -> Execute:
     slots: set[int] = set()
     for other in kernel.instructions:
         if "mma_async" in other.modifiers:
-            slots.update(
-                slot for names in other.operands[:2] if isinstance(names, tuple) for slot in _slots(kernel, names)
-            )
+            sums = other.operands[0]
+            assert isinstance(sums, tuple)
+            slots.update(_slots(kernel, sums))
     return lambda wave, active: wave.in_flight.fence(wave.registers, slots, active.lanes)
 
 
