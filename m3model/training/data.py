@@ -543,6 +543,8 @@ def _unpacked(path: Path) -> Path:
     try:
         with os.fdopen(descriptor, "wb") as target, open_training_file(path) as packed:
             shutil.copyfileobj(packed, target, 1 << 20)
+        # Of processes that unpack at once the last one's copy stays; by size and time (_state) all are the same.
+        os.utime(fresh, ns=(facts.st_atime_ns, facts.st_mtime_ns))
         os.replace(fresh, plain)
     except _UNPACKING as error:
         if isinstance(error, OSError) and _is_failure(error):

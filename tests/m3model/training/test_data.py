@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,26 @@ def test_a_packed_file_is_unpacked_once_for_each_of_its_states(tmp_path: Path, t
     assert plain.stat().st_ino == state.st_ino and plain.parent.stat().st_mode & 0o077 == 0
     write(path, [GOOD, TEACHER])
     assert len(TrainingDataset([DataSource(path)])) == 2
+
+
+def test_processes_may_unpack_a_file_at_the_same_time(
+    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "rows.jsonl.gz", [GOOD, TEACHER])
+    others: list[Any] = []
+    real = shutil.copyfileobj
+
+    def overtaken(*arguments: Any) -> None:
+        real(*arguments)
+        if not others:
+            others.append(None)
+            others[0] = TrainingDataset([DataSource(path)])
+            time.sleep(0.05)  # file systems tell times apart by some milliseconds
+
+    monkeypatch.setattr(shutil, "copyfileobj", overtaken)
+    late = TrainingDataset([DataSource(path)])
+    assert others[0][1] == late[1]
+    assert len(list(temporary.rglob("*.jsonl"))) == 1
 
 
 def test_no_room_to_unpack_names_file_and_folder_and_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
