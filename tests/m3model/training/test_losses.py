@@ -61,9 +61,18 @@ def plain_scores(queries: Any, passages: Any, query_lengths: list[int], passage_
     return {"dense": qd @ pd.T, "sparse": ql @ pl.T, "multi_vector": torch.stack(table)}
 
 
-def paper_loss(scores: dict[str, Tensor], group: int, distill: bool, temperature: float) -> Tensor:
+def paper_loss(
+    scores: dict[str, Tensor],
+    group: int,
+    distill: bool,
+    temperature: float,
+    weights: tuple[float, ...] = (1.0, 0.3, 1.0),
+    loss_weights: tuple[float, ...] = (1.0, 0.1, 1.0),
+) -> Tensor:
     s_d, s_l, s_m = (scores[head] / temperature for head in HEADS)
-    s_i = s_d + 0.3 * s_l + s_m
+    w1, w2, w3 = weights
+    l1, l2, l3 = loss_weights
+    s_i = w1 * s_d + w2 * s_l + w3 * s_m
     target = s_i.detach().exp() / s_i.detach().exp().sum(1, keepdim=True)
 
     def info_nce(s: Tensor) -> Tensor:
@@ -72,10 +81,10 @@ def paper_loss(scores: dict[str, Tensor], group: int, distill: bool, temperature
     def distilled(s: Tensor) -> Tensor:
         return -(target * (s - s.logsumexp(1, keepdim=True))).sum(1).mean()
 
-    loss = (info_nce(s_d) + 0.1 * info_nce(s_l) + info_nce(s_m) + info_nce(s_i)) / 4
+    loss = (l1 * info_nce(s_d) + l2 * info_nce(s_l) + l3 * info_nce(s_m) + info_nce(s_i)) / 4
     if not distill:
         return loss
-    return (loss + (distilled(s_d) + 0.1 * distilled(s_l) + distilled(s_m)) / 3) / 2
+    return (loss + (l1 * distilled(s_d) + l2 * distilled(s_l) + l3 * distilled(s_m)) / 3) / 2
 
 
 QUERY_LENGTHS, PASSAGE_LENGTHS = [3, 0, 5], [4, 9, 1, 2, 0, 9]
@@ -109,6 +118,30 @@ def test_loss_and_gradients_equal_the_formulas_of_the_paper(
     torch.testing.assert_close(loss.total.double(), wanted.detach(), rtol=tolerance, atol=tolerance)
     for given, expected in zip(gradients(loss.total, leaves_of), wanted_gradients):
         torch.testing.assert_close(given.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_weights_of_heads_and_of_their_losses() -> None:
+    q, p = leaves(1, QUERY_LENGTHS, torch.float64), leaves(2, PASSAGE_LENGTHS, torch.float64)
+    chosen = {"weights": (0.7, 0.2, 1.6), "loss_weights": (0.9, 0.4, 1.3)}
+    wanted = paper_loss(plain_scores(q, p, QUERY_LENGTHS, PASSAGE_LENGTHS, False), 2, True, 0.1, **chosen)
+    sides = embeddings(q, QUERY_LENGTHS), embeddings(p, PASSAGE_LENGTHS)
+    torch.testing.assert_close(m3_loss(*sides, temperature=0.1, **chosen).total, wanted)
+
+
+@pytest.mark.parametrize("left_out", range(3))
+def test_two_heads_have_the_divisors_three_and_two(left_out: int) -> None:
+    heads = tuple(head for head in HEADS if head != HEADS[left_out])
+    q, p = leaves(1, QUERY_LENGTHS, torch.float64), leaves(2, PASSAGE_LENGTHS, torch.float64)
+    scores = plain_scores(q, p, QUERY_LENGTHS, PASSAGE_LENGTHS, False)
+    loss = m3_loss(embeddings(q, QUERY_LENGTHS, heads), embeddings(p, PASSAGE_LENGTHS, heads), temperature=0.1)
+    absent = {"weights": [1.0, 0.3, 1.0], "loss_weights": [1.0, 0.1, 1.0]}
+    for numbers in absent.values():
+        numbers[left_out] = 0.0
+    kept = {name: tuple(numbers) for name, numbers in absent.items()}
+    without = 4 * paper_loss(scores, 2, False, 0.1, **kept)
+    distilled = 3 * (2 * paper_loss(scores, 2, True, 0.1, **kept) - without / 4)
+    torch.testing.assert_close(loss.total, (without / 3 + distilled / 2) / 2)
+    assert getattr(loss, HEADS[left_out]) is None and loss.ensemble is not None and loss.distill is not None
 
 
 def test_official_counts_padding_as_zero_vectors() -> None:
