@@ -100,7 +100,9 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
     warmup_steps: float = field(
         default=0.1, metadata=_help("Steps over which the learning rate grows; below 1: part of all steps.")
     )
-    logging_steps: float = field(default=10, metadata=_help("Steps from log to log."))
+    logging_steps: float = field(
+        default=10, metadata=_help("Steps from log to log; evaluations and checkpoints log too.")
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata=_help("Not used: a loss that is not finite stops the training.")
     )

@@ -37,7 +37,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    IntervalStrategy,
+    SaveStrategy,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
 
 from m3model.embeddings import M3Embeddings
 from m3model.encoding import pack_ids
@@ -394,6 +400,22 @@ class M3Trainer(Trainer):  # type: ignore[misc]
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """As transformers, and a log before every evaluation and checkpoint: a mean over the steps since the last log
+        could not be had by a run that goes on from a checkpoint between them."""
+        logs = self.args.logging_strategy != IntervalStrategy.NO
+        if logs and (self.control.should_save or self.control.should_evaluate):
+            self.control.should_log = True
+        super()._maybe_log_save_evaluate(*arguments, **options)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As transformers, but among the steps that have a checkpoint; another one could not be loaded in the end."""
+        saves = self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH)
+        if saves and not self.control.should_save:
+            return False
+        found: bool = super()._determine_best_metric(metrics, trial)
+        return found
 
     # ---- Checkpoints
 

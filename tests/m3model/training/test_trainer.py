@@ -36,6 +36,7 @@ from m3model.training import (
     read_training_rows,
 )
 from m3model.training import trainer as trainer_module
+from m3model.training.dev_set import DevSet
 from m3model.training.sharding import gathered_model
 
 pytest.importorskip("accelerate")
@@ -173,6 +174,34 @@ def test_split_batch_takes_the_same_steps(still: Path, data: Path, tmp_path: Pat
     assert largest_difference(weights(split.model), weights(whole.model)) < 1e-4 * moved, moved
 
 
+class QualityFalls:
+    """Makes every evaluation worse than the one before it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.values: list[float] = []
+        monkeypatch.setattr(DevSet, "ndcg", self.ndcg)
+
+    def ndcg(self, *_arguments: Any, **_options: Any) -> dict[str, float]:
+        self.values.append(0.9 - 0.1 * len(self.values))
+        return {"hybrid": self.values[-1]}
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_the_best_checkpoint_is_one_that_was_saved(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    falls = QualityFalls(monkeypatch)
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = make(folder, data, tmp_path, max_steps=4, save_steps=2, save_strategy=strategy, **evaluation)
+    trainer.train()
+    assert len(falls.values) == 4
+    best = 1 if strategy == "best" else 2
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert trainer.state.best_metric == falls.values[best - 1]
+    stored = M3Model.from_pretrained(tmp_path / f"checkpoint-{best}")
+    assert largest_difference(weights(stored), weights(trainer.model)) == 0
+
+
 class KillAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
@@ -202,6 +231,30 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder: Path, data: Pat
     resumed.train(resume_from_checkpoint=checkpoint)
     assert curve(resumed) == curve(whole), f"killed at step {step}"
     assert largest_difference(weights(resumed.model), weights(whole.model)) == 0, f"killed at step {step}"
+
+
+@pytest.mark.parametrize("changes", [{"save_steps": 2}, {"save_steps": 2, "gradient_accumulation_steps": 2}], ids=str)
+def test_a_resumed_run_logs_what_the_whole_one_does(
+    folder: Path, data: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Also where logs are of several steps and a checkpoint is written between two of them."""
+    shared = {**changes, "max_steps": 7, "logging_steps": 3}
+    whole = make(folder, data, tmp_path, save_total_limit=None, **shared)
+    whole.train()
+    resumed = make(folder, data, tmp_path / "again", **shared)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for key in (
+        "step",
+        "loss",
+        "loss_dense",
+        "loss_sparse",
+        "loss_ensemble",
+        "loss_distill",
+        "token_weights",
+        "grad_norm",
+    ):
+        assert curve(resumed, key) == curve(whole, key), key
+    assert [entry["step"] for entry in whole.state.log_history if "loss" in entry] == [2, 3, 4, 6, 7]
 
 
 def on_ranks(ranks: int, task: Any, *arguments: Any) -> None:
