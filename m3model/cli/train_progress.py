@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback
 
 from m3model.cli.output import message, stderr
@@ -22,6 +24,15 @@ _SHORT = {
 }
 
 
+class _Bar(Progress):
+    """A bar with a line of losses below it: beside it they would take a terminal of 80 columns for themselves."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            yield Text(task.fields["losses"])
+
+
 class TrainingBar(TrainerCallback):  # type: ignore[misc]
     """A bar on a terminal, a line for each log elsewhere; only the first process writes."""
 
@@ -36,14 +47,15 @@ class TrainingBar(TrainerCallback):  # type: ignore[misc]
         columns = (
             BarColumn(20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=console)
+        self._bar = _Bar(*columns, console=console)
         self._bar.start()
-        self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
+        done = state.global_step
+        self._task = self._bar.add_task("train", total=state.max_steps, completed=done, losses="", speed="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
         if self._bar is not None:
@@ -52,12 +64,12 @@ class TrainingBar(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_rest: Any) -> None:
         if not state.is_world_process_zero or "loss" not in logs:
             return
-        figures = ", ".join(f"{short} {logs[name]:.3f}" for name, short in _SHORT.items() if name in logs)
-        figures += f", {logs['tokens_per_second']:.0f} tokens/s"
+        losses = ", ".join(f"{short} {logs[name]:.3f}" for name, short in _SHORT.items() if name in logs)
+        speed = f"{logs['tokens_per_second']:.0f} tokens/s"
         if self._bar is not None:
-            self._bar.update(self._task, figures=figures)
+            self._bar.update(self._task, losses=losses, speed=speed)
         else:
-            message(f"step {state.global_step} of {state.max_steps}: {figures}")
+            message(f"step {state.global_step} of {state.max_steps}: {losses}, {speed}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_rest: Any) -> None:
         if state.is_world_process_zero:

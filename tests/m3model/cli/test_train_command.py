@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from rich.console import Console
+from transformers import TrainerState
 from typer.testing import CliRunner
 
 from m3model import M3Model
+from m3model.cli import train_progress
 from m3model.cli.app import app
 
 WORDS = ["river", "mountain", "city", "bridge", "matrix", "vector"]
@@ -73,6 +77,22 @@ def test_training_from_a_file_with_an_option_that_wins(config: Path, tmp_path: P
     resumed = m3(config, "--resume")
     assert resumed.exit_code == 0 and "checkpoint-3 on" in resumed.stderr
     assert "last loss" in resumed.stdout and "multi_vector" in resumed.stdout and "after 4 steps" in resumed.stdout
+
+
+def test_the_bar_shows_losses_speed_and_time_left_on_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(train_progress, "stderr", lambda: console)
+    names = ("loss", "loss_dense", "loss_sparse", "loss_multi_vector", "loss_ensemble", "loss_distill")
+    state = TrainerState(max_steps=12000, global_step=1234, is_world_process_zero=True)
+    bar = train_progress.TrainingBar()
+    bar.on_train_begin(None, state, None)
+    bar.on_log(None, state, None, {**dict.fromkeys(names, 1.125), "tokens_per_second": 123456.0})
+    bar.close()
+    last = screen.getvalue().split("multi")[-2]
+    for part in (" 1234/12000 ", " 123456 tokens/s ", " left ", "loss 1.125, dense 1.125, sparse 1.125"):
+        assert part in last, repr(last)
+    assert "distil 1.125" in screen.getvalue()
 
 
 @pytest.mark.parametrize(
