@@ -100,6 +100,9 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
     warmup_steps: float = field(
         default=0.1, metadata=_help("Steps over which the learning rate grows; below 1: part of all steps.")
     )
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("Further arguments of the scheduler, as JSON.")
+    )
     logging_steps: float = field(
         default=10, metadata=_help("Steps from log to log; evaluations and checkpoints log too.")
     )
@@ -131,10 +134,15 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
             raise ValueError(f"deepspeed is {self.deepspeed!r} and fsdp is set; accepted: one of them")
         if self.deepspeed and find_spec("deepspeed") is None:
             raise ValueError("deepspeed is set and not installed; accepted: with pip install m3kernels[deepspeed]")
-        best_is_asked_for = self.load_best_model_at_end or self.save_strategy == "best"
+        by_quality = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        best_is_asked_for = self.load_best_model_at_end or self.save_strategy == "best" or by_quality
         if best_is_asked_for and self.metric_for_best_model is None:
             self.metric_for_best_model = f"ndcg@10_{'hybrid' if len(self.heads) > 1 else ''.join(self.heads)}"
         super().__post_init__()
+        if isinstance(self.lr_scheduler_kwargs, str):
+            raise ValueError(f"lr_scheduler_kwargs is {self.lr_scheduler_kwargs!r}; accepted: a JSON object")
+        if by_quality:
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
         if self.deepspeed and self.hf_deepspeed_config.is_zero3():
             raise ValueError(
                 "deepspeed asks for ZeRO stage 3; accepted: stages 0 to 2, or fsdp, which cuts the weights as it does"
@@ -145,6 +153,11 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
         if unknown or not self.heads or len(set(self.heads)) < len(self.heads):
             raise ValueError(f"heads are {self.heads}; accepted: some of {', '.join(HEADS)}, at least one")
         self.heads = [head for head in HEADS if head in self.heads]
+        measured = [f"ndcg@10_{name}" for name in (*self.heads, *(["hybrid"] if len(self.heads) > 1 else []))]
+        metric = self.metric_for_best_model
+        if metric is not None and metric.removeprefix("eval_") not in measured:
+            raise ValueError(f"metric_for_best_model is {metric!r}; accepted: {', '.join(measured)}")
+        self.buckets()
         for name in ("group_size", "query_max_length", "passage_max_length", "dead_sparse_steps", "sub_batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -172,12 +185,19 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
         """length_buckets with numbers as keys.
 
         Raises:
-            ValueError: a key or a value is no whole number.
+            ValueError: a key or a value is no whole number above 0, or there is none.
         """
         if self.length_buckets is None:
             return None
+        accepted = f'length_buckets is {self.length_buckets}; accepted: whole numbers above 0, such as {{"500": 48}}'
         assert isinstance(self.length_buckets, Mapping)
-        return {int(length): int(size) for length, size in self.length_buckets.items()}
+        try:
+            found = {int(str(length)): int(str(size)) for length, size in self.length_buckets.items()}
+        except ValueError as error:
+            raise ValueError(accepted) from error
+        if min([*found, *found.values()], default=0) < 1:
+            raise ValueError(accepted)
+        return found
 
     def lengths_folder(self) -> Path:
         """Where token lengths are kept."""
@@ -196,5 +216,12 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
         for name in ("label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel"):
             if getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}; the M3 loss has no such thing")
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}; accepted: random, of batches that are"
+                " always grouped by length"
+            )
+        if self.torch_empty_cache_steps is not None:
+            raise ValueError(f"torch_empty_cache_steps is {self.torch_empty_cache_steps}; accepted: None")
         if self.n_gpu > 1:
             raise ValueError(f"one process sees {self.n_gpu} GPUs; start one process a GPU with torchrun")

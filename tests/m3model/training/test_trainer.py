@@ -633,6 +633,15 @@ def test_mixed_precision_is_close_to_float32(still: Path, data: Path, tmp_path: 
         ("dropout", 1.0),
         ("label_smoothing_factor", 0.1),
         ("length_buckets", "2000"),
+        ("length_buckets", {}),
+        ("length_buckets", {"long": 4}),
+        ("length_buckets", '{"500": 2.5}'),
+        ("length_buckets", {500: 0}),
+        ("metric_for_best_model", "loss"),
+        ("metric_for_best_model", "ndcg@10_lexical"),
+        ("train_sampling_strategy", "group_by_length"),
+        ("torch_empty_cache_steps", 4),
+        ("lr_scheduler_kwargs", "num_cycles=2"),
         ("deepspeed", "zero3.json"),
         ("fsdp", "full_shard"),
         ("fsdp_config", {"version": 1}),
@@ -643,6 +652,19 @@ def test_bad_arguments_are_named(tmp_path: Path, name: str, value: Any) -> None:
         M3TrainingArguments(
             **{"output_dir": str(tmp_path), "use_cpu": True, "fsdp": name == "fsdp_config", name: value}
         )
+
+
+def test_the_learning_rate_may_follow_the_quality(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    QualityFalls(monkeypatch)
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5}}
+    trainer = make(
+        folder, data, tmp_path, max_steps=4, save_strategy="no", eval_strategy="steps", eval_steps=1, **plateau
+    )
+    trainer.train()
+    assert trainer.lr_scheduler.best == pytest.approx(0.9)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(3e-4 / 8)
 
 
 def test_batches_by_length_and_negatives_that_are_missing(folder: Path, data: Path, tmp_path: Path) -> None:
