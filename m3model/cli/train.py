@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ def _as_options(path: Path, known: set[str], parser: argparse.ArgumentParser) ->
     if not path.is_file():
         parser.error(f"there is no file {str(path)!r}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"{path} is no YAML: {error}")
     if not isinstance(values, dict):
@@ -134,9 +135,28 @@ def _as_options(path: Path, known: set[str], parser: argparse.ArgumentParser) ->
     for name, value in values.items():
         if value is None:
             continue
-        words = value if isinstance(value, list) else [value]
-        options += [f"--{name}", *map(_as_word, words)]
+        if isinstance(value, list):
+            options += [f"--{name}", *map(_as_word, value)]
+        else:
+            options.append(f"--{name}={_as_word(value)}")  # a value may begin with a dash
     return options
+
+
+def _yaml_loader() -> Any:
+    """PyYAML's safe loader where 1e-6 is a number, as YAML 1.2 has it, and no the word that save_strategy takes."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        pass
+
+    truth, number = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, words) for tag, words in known if tag != truth]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(truth, re.compile("(?i:yes|true|false|on|off)$"), list("yYtTfFoO"))
+    Loader.add_implicit_resolver(number, re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+    return Loader
 
 
 def _as_word(value: Any) -> str:

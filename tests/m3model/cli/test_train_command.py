@@ -15,6 +15,7 @@ from transformers import TrainerState
 from typer.testing import CliRunner
 
 from m3model import M3Model
+from m3model.cli import train as train_command
 from m3model.cli import train_progress
 from m3model.cli.app import app
 
@@ -117,6 +118,17 @@ def test_bad_configurations_exit_with_status_2(config: Path, tmp_path: Path) -> 
         broken.write_text(content)
         result = m3(broken)
         assert result.exit_code == 2 and said in result.stderr, result.stderr
+
+
+def test_words_of_yaml_are_those_of_the_options(config: Path) -> None:
+    config.open("a").write(
+        "save_strategy: no\ninit_heads: no\nactivation_checkpointing: on\ndev: null\nquery_instruction: '--query:'\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-6}\nadam_epsilon: 1.e-7\n"
+    )
+    run, args = train_command._parse([str(config), "--weight_decay", "1e-2"])
+    assert args.save_strategy == "no" and args.activation_checkpointing is True and run.init_heads is False
+    assert args.query_instruction == "--query:" and run.dev is None
+    assert (args.lr_scheduler_kwargs, args.adam_epsilon, args.weight_decay) == ({"min_lr": 1e-6}, 1e-7, 1e-2)
 
 
 def test_a_bad_row_stops_before_the_model_is_loaded(config: Path, tmp_path: Path) -> None:
