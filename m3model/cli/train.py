@@ -16,7 +16,7 @@ import typer
 from m3model.files import write_whole
 
 if TYPE_CHECKING:
-    from m3model.training import DataSource, M3Trainer, M3TrainingArguments
+    from m3model.training import DataSource, M3Trainer, M3TrainingArguments, TrainingDataset
 
 __all__ = ["train"]
 
@@ -70,7 +70,7 @@ def train(context: typer.Context) -> None:
     main = trainer.is_world_process_zero()
     if main:
         message(
-            f"{len(dataset)} rows of {len(run.train)} file{'s' if len(run.train) > 1 else ''}"
+            f"{len(dataset)} rows of {len(run.train)} file{'s' if len(run.train) > 1 else ''} ({_counts(dataset)})"
             + (f", from {found} on" if found else "")
         )
     begin = time.monotonic()
@@ -78,7 +78,7 @@ def train(context: typer.Context) -> None:
         trainer.train(resume_from_checkpoint=found)
     finally:
         bar.close()
-    trainer.save_model(str(Path(args.output_dir) / "model"))
+    _save(trainer, Path(args.output_dir))
     measured = trainer.evaluate() if dev is not None else {}
     if main:
         _write_arguments(run, args)
@@ -112,6 +112,8 @@ def _parse(arguments: Sequence[str]) -> tuple[_Run, M3TrainingArguments]:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if run.model is None or not run.train:
         parser.error("model and train are needed, in CONFIG.yaml or as --model and --train")
+    if args.resume_from_checkpoint is not None:
+        parser.error("resume_from_checkpoint is not for m3 train; --resume goes on from the last checkpoint")
     args.disable_tqdm = True
     return run, args
 
@@ -177,6 +179,28 @@ def _source(text: str) -> DataSource:
         raise ValueError(
             f"train holds {text}; accepted: a path, or path, name, weight and batch_size: {error}"
         ) from error
+
+
+def _counts(dataset: TrainingDataset) -> str:
+    return ", ".join(f"{source.name} {len(dataset.rows_of(place))}" for place, source in enumerate(dataset.sources))
+
+
+def _save(trainer: M3Trainer, output: Path) -> None:
+    """Write the trained model.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; names the last checkpoint.
+    """
+    from safetensors import SafetensorError
+
+    from m3model.training import last_checkpoint
+
+    try:
+        trainer.save_model(str(output / "model"))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        kept = last_checkpoint(output)
+        rest = "there is no checkpoint" if kept is None else f"--resume writes it anew from {kept}"
+        raise OSError(f"the trained model cannot be written to {output / 'model'}: {error}; {rest}") from error
 
 
 def _write_arguments(run: _Run, args: M3TrainingArguments) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from m3model import M3Model
 from m3model.cli import train as train_command
 from m3model.cli import train_progress
 from m3model.cli.app import app
+from m3model.training import M3Trainer
 
 WORDS = ["river", "mountain", "city", "bridge", "matrix", "vector"]
 
@@ -67,7 +69,7 @@ def test_training_from_a_file_with_an_option_that_wins(config: Path, tmp_path: P
     assert said["steps"] == 3 and said["model"] == str(tmp_path / "run" / "model")
     assert set(said["loss"]) == {"loss", "loss_dense", "loss_sparse", "loss_multi_vector", "loss_ensemble"}
     assert set(said["ndcg@10"]) == {"dense", "sparse", "multi_vector", "hybrid"}
-    assert "12 rows of 2 files" in result.stderr and "step 3 of 3: loss" in result.stderr
+    assert "12 rows of 2 files (rows 6, again 6)" in result.stderr and "step 3 of 3: loss" in result.stderr
     trained, before = M3Model.from_pretrained(tmp_path / "run" / "model"), M3Model.from_pretrained(folder)
     assert not torch.equal(trained.colbert_linear.weight, before.colbert_linear.weight)
     used = json.loads((tmp_path / "run" / "arguments.json").read_text())
@@ -103,6 +105,7 @@ def test_the_bar_shows_losses_speed_and_time_left_on_80_columns(monkeypatch: pyt
         (["--temperature", "hot"], "invalid float value"),
         (["--tempreature", "1"], "unknown arguments: --tempreature 1"),
         (["--heads", "dense", "lexical"], "heads are"),
+        (["--resume_from_checkpoint", "run"], "--resume goes on from the last checkpoint"),
     ],
 )
 def test_bad_options_exit_with_status_2(config: Path, arguments: list[str], said: str) -> None:
@@ -152,6 +155,37 @@ def test_rows_spoilt_between_two_runs_leave_the_checkpoint(
     rows.write_text(good)
     resumed = m3(config, "--resume")
     assert resumed.exit_code == 0 and "checkpoint-2 on" in resumed.stderr, resumed.output
+
+
+def test_no_room_for_the_trained_model_leaves_the_checkpoint(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = M3Trainer.save_model
+
+    def limited(trainer: M3Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:
+            return real(trainer, output_dir, _internal_call)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (100_000, before[1])
+        )  # a write beyond it fails like one to a full disk
+        try:
+            return real(trainer, output_dir)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(M3Trainer, "save_model", limited)
+        refused = m3(config)
+    assert refused.exit_code == 1, refused.exception
+    assert "run/model: " in refused.stderr and "--resume writes it anew from" in refused.stderr, refused.stderr
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "token_lengths",
+    ]
+    assert m3(config, "--resume").exit_code == 0
+    assert M3Model.from_pretrained(tmp_path / "run" / "model").encode(["river"]).dense is not None
 
 
 def test_help_lists_the_arguments_of_transformers_and_of_m3() -> None:
