@@ -87,6 +87,13 @@ def mine(
 
     try:
         first, end = (int(part) for part in ranks.split("-"))
+        if first >= end:
+            raise ValueError(ranks)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{ranks!r}; accepted: two ranks FIRST-END with FIRST before END, such as 10-210", param_hint="--ranks"
+        ) from error
+    try:
         options = MiningOptions(
             negatives=negatives,
             rank_range=(first, end),
@@ -103,9 +110,7 @@ def mine(
             block=block,
         )
     except ValueError as error:
-        raise typer.BadParameter(
-            f"{ranks!r}; accepted: two ranks FIRST-END with FIRST before END, such as 10-210", param_hint="--ranks"
-        ) from error
+        raise typer.BadParameter(str(error)) from error
     if any(str(path) == "-" for path in (rows, *(corpus or []))):
         raise typer.BadParameter("rows and corpus are read more than once; give files", param_hint="-")
     if out.exists():

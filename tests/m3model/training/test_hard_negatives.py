@@ -343,7 +343,10 @@ def test_the_command_mines_what_the_function_does(model: M3Model, folder: Path, 
 
 def test_wrong_arguments_of_the_command_have_status_2(folder: Path, rows: Path, tmp_path: Path) -> None:
     good = ["-m", folder, rows, "-o", tmp_path / "out.jsonl"]
-    assert m3(*good, "--ranks", "9").exit_code == m3(*good, "--ranks", "9-3").exit_code == 2
+    wrong = (("--ranks", "9", "for --ranks"), ("--ranks", "9-3", "for --ranks"), ("--margin", "inf", "margin is inf"))
+    for option, value, said in wrong:
+        result = m3(*good, option, value)
+        assert result.exit_code == 2 and said in result.stderr, result.stderr
     assert m3(*good, "--head", "tokens").exit_code == m3(*good, "--margin", -1).exit_code == 2
     assert m3("-m", folder, rows, "-o", rows).exit_code == 2
     assert m3("-m", folder, "-", "-o", tmp_path / "out.jsonl").exit_code == 2
