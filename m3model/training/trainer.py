@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -106,7 +107,7 @@ class M3Trainer(Trainer):  # type: ignore[misc]
         Raises:
             TypeError: model or args are of other types.
             ValueError: the model has no tokenizer; no room for texts; rows of the development set are missing; more
-                layers are to be frozen than there are.
+                layers are to be frozen than there are; groups and batches of one, in which no passage is a negative.
             TrainingDataError: group_size asks for negatives that rows lack.
         """
         if not isinstance(model, M3Model):
@@ -115,6 +116,7 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             raise TypeError(f"args must be M3TrainingArguments, got {type(args).__name__}")
         if train_dataset is not None:
             train_dataset.check_negatives(args.group_size)
+            _check_batches(train_dataset, args)
         if eval_dataset is not None and not isinstance(eval_dataset, DevSet):
             eval_dataset = DevSet(eval_dataset, args.query_instruction, args.passage_instruction)
         self._tokenize = _Tokenize(model, "passage", args.passage_max_length)
@@ -159,7 +161,7 @@ class M3Trainer(Trainer):  # type: ignore[misc]
         self._options = {head: head in args.heads for head in HEADS}
         self._lengths: NDArray[np.int32] | None = None
         self._window = _Window()
-        self._steps_without_token_weights = 0
+        self._step_with_token_weights: int | None = None
         self._saving = False
 
     # ---- Data
@@ -311,12 +313,16 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             raise self._diverged(f"the loss is {values['total']}")
         if "token_weights" not in values:
             return
-        dead = values["token_weights"] == 0
-        self._steps_without_token_weights = self._steps_without_token_weights + 1 if dead else 0
-        if self._steps_without_token_weights == self.args.dead_sparse_steps:
+        step = self.state.global_step
+        if self._step_with_token_weights is None:
+            self._step_with_token_weights = step - 1
+        if values["token_weights"] > 0:
+            self._step_with_token_weights = step
+        elif step - self._step_with_token_weights == self.args.dead_sparse_steps:
+            self._step_with_token_weights = sys.maxsize  # warns once
             warnings.warn(
                 f"the sparse head is dead: no token weight was above zero in the last {self.args.dead_sparse_steps}"
-                f" steps, up to step {self.state.global_step}; it gets no gradient any more. Start again with a smaller"
+                f" steps, up to step {step}; it gets no gradient any more. Start again with a smaller"
                 " head_learning_rate or a larger sparse loss weight",
                 stacklevel=2,
             )
@@ -496,6 +502,16 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         return None
     found: str | None = get_last_checkpoint(os.fspath(output_dir))
     return found
+
+
+def _check_batches(dataset: TrainingDataset, args: M3TrainingArguments) -> None:
+    """Raise ValueError where every batch would be one query with its positive alone: the loss would always be 0."""
+    rows = max(source.batch_size or args.train_batch_size for source in dataset.sources)
+    buckets = args.buckets()
+    if buckets is not None:
+        rows = min(rows, max(buckets.values()))
+    if args.group_size * rows * (args.world_size if args.cross_rank_negatives else 1) < 2:
+        raise ValueError("group_size is 1 and no batch has more than 1 row; nothing would be a negative")
 
 
 def _freeze(model: M3Model, args: M3TrainingArguments) -> None:

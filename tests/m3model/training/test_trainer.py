@@ -522,9 +522,16 @@ def test_a_dead_sparse_head_is_reported(folder: Path, data: Path, tmp_path: Path
     with pytest.warns(UserWarning, match="sparse head is dead.*last 3 steps"):
         trainer.train()
     assert set(curve(trainer, "token_weights")) == {0.0}
+    # 4 batches without token weights, but 2 steps
+    twice = make(
+        folder, data, tmp_path, save_strategy="no", dead_sparse_steps=3, max_steps=2, gradient_accumulation_steps=2
+    )
+    with torch.no_grad():
+        twice.model.sparse_linear.bias.fill_(-1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         make(folder, data, tmp_path, save_strategy="no", dead_sparse_steps=3, max_steps=4).train()
+        twice.train()
 
 
 def test_heads_that_are_left_out_stay_as_they_are(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -678,3 +685,6 @@ def test_batches_by_length_and_negatives_that_are_missing(folder: Path, data: Pa
         make(folder, alone, tmp_path)
     assert last_checkpoint(tmp_path / "nothing") is None
     make(folder, alone, tmp_path, group_size=1, max_steps=1, save_strategy="no").train()
+    for one in ({"per_device_train_batch_size": 1}, {"length_buckets": {9: 1, 99: 1}}):
+        with pytest.raises(ValueError, match="nothing would be a negative"):
+            make(folder, alone, tmp_path, group_size=1, **one)
