@@ -119,6 +119,13 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             _check_batches(train_dataset, args)
         if eval_dataset is not None and not isinstance(eval_dataset, DevSet):
             eval_dataset = DevSet(eval_dataset, args.query_instruction, args.passage_instruction)
+        for name in ("query_max_length", "passage_max_length"):
+            if getattr(args, name) > model.max_length:
+                warnings.warn(
+                    f"{name} is {getattr(args, name)}, but the model serves {model.max_length} tokens and texts are cut"
+                    " there; M3Model.extend_positions lengthens it",
+                    stacklevel=2,
+                )
         self._tokenize = _Tokenize(model, "passage", args.passage_max_length)
         self._collator = TrainingCollator(
             self._tokenize,
@@ -491,6 +498,16 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             load_sharded(target, stored)
         else:
             target.load_state_dict(stored.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        own = checkpoint is not None and not self.is_deepspeed_enabled
+        if own and not Path(str(checkpoint), OPTIMIZER_NAME).is_file():
+            warnings.warn(
+                f"{checkpoint} has no {OPTIMIZER_NAME} (save_only_model): optimizer and learning rate start anew, so"
+                " the run does not end as it would have without the break",
+                stacklevel=2,
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -257,6 +257,17 @@ def test_a_resumed_run_logs_what_the_whole_one_does(
     assert [entry["step"] for entry in whole.state.log_history if "loss" in entry] == [2, 3, 4, 6, 7]
 
 
+def test_a_checkpoint_without_optimizer_is_not_resumed_in_silence(folder: Path, data: Path, tmp_path: Path) -> None:
+    make(folder, data, tmp_path, max_steps=2, save_only_model=True).train()
+    with pytest.warns(UserWarning, match=r"checkpoint-2 has no optimizer\.pt \(save_only_model\)"):
+        make(folder, data, tmp_path, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_length_beyond_the_model_is_reported(folder: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="passage_max_length is 9000, but the model serves 8192 tokens"):
+        make(folder, data, tmp_path, passage_max_length=9000)
+
+
 def on_ranks(ranks: int, task: Any, *arguments: Any) -> None:
     """Run task(trainer's own process group, *arguments) in so many processes."""
     with socket.socket() as probe:
