@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["flush", "locked", "whole_file", "write_whole"]
+__all__ = ["flush", "free_room", "locked", "whole_file", "write_whole"]
 
 
 @contextmanager
@@ -47,6 +48,12 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def free_room(path: Path) -> str:
+    """How much a disk still takes, for messages of writers that do not name a full disk as such (torch.save)."""
+    path = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    return f"{shutil.disk_usage(path).free / 2**20:.1f} MiB are free there"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from m3model.files import write_whole
+from m3model.files import free_room, write_whole
 
 if TYPE_CHECKING:
     from m3model.training import DataSource, M3Trainer, M3TrainingArguments, TrainingDataset
@@ -200,7 +200,8 @@ def _save(trainer: M3Trainer, output: Path) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:
         kept = last_checkpoint(output)
         rest = "there is no checkpoint" if kept is None else f"--resume writes it anew from {kept}"
-        raise OSError(f"the trained model cannot be written to {output / 'model'}: {error}; {rest}") from error
+        place = f"the trained model cannot be written to {output / 'model'}: {error}"
+        raise OSError(f"{place}; {free_room(output)}; {rest}") from error
 
 
 def _write_arguments(run: _Run, args: M3TrainingArguments) -> None:

@@ -48,7 +48,7 @@ from transformers.trainer_utils import (
 
 from m3model.embeddings import M3Embeddings
 from m3model.encoding import pack_ids
-from m3model.files import flush
+from m3model.files import flush, free_room
 from m3model.model import M3Model, Role
 from m3model.scoring import HEADS
 from m3model.training.arguments import M3TrainingArguments
@@ -475,10 +475,11 @@ class M3Trainer(Trainer):  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:
             if not args.should_save:
                 raise
+            room = free_room(run)
             shutil.rmtree(unfinished, ignore_errors=True)
             kept = last_checkpoint(run)
             raise OSError(
-                f"{name} cannot be written to {run}: {error}; "
+                f"{name} cannot be written to {run}: {error}; {room}; "
                 + ("there is no earlier checkpoint" if kept is None else f"the last complete checkpoint is {kept}")
             ) from error
         finally:

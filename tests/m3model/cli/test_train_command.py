@@ -178,7 +178,9 @@ def test_no_room_for_the_trained_model_leaves_the_checkpoint(
         patch.setattr(M3Trainer, "save_model", limited)
         refused = m3(config)
     assert refused.exit_code == 1, refused.exception
-    assert "run/model: " in refused.stderr and "--resume writes it anew from" in refused.stderr, refused.stderr
+    assert "run/model: " in refused.stderr and "MiB are free there; --resume writes it anew from" in refused.stderr, (
+        refused.stderr
+    )
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "checkpoint-2",
         "checkpoint-4",
