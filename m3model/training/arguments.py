@@ -158,10 +158,14 @@ class M3TrainingArguments(TrainingArguments):  # type: ignore[misc]
         if metric is not None and metric.removeprefix("eval_") not in measured:
             raise ValueError(f"metric_for_best_model is {metric!r}; accepted: {', '.join(measured)}")
         self.buckets()
-        for name in ("group_size", "query_max_length", "passage_max_length", "dead_sparse_steps", "sub_batch_tokens"):
+        lengths = ("query_max_length", "passage_max_length", "sub_batch_tokens", "dead_sparse_steps")
+        sizes = ("group_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+        for name in (*lengths, *sizes):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; accepted: at least 1")
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0; accepted: at least 1, or -1 for num_train_epochs")
         for name in ("unified_after_steps", "frozen_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least 0")
