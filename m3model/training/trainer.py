@@ -199,6 +199,10 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            # Not the one that dropout draws from: a loader takes a seed whenever it starts workers, and workers that
+            # outlive an epoch are started in other epochs by a resumed run than by a whole one.
+            generator=torch.Generator(),
         )
 
     def _measured_lengths(self) -> NDArray[np.int32]:

@@ -257,6 +257,20 @@ def test_a_resumed_run_logs_what_the_whole_one_does(
     assert [entry["step"] for entry in whole.state.log_history if "loss" in entry] == [2, 3, 4, 6, 7]
 
 
+def test_workers_that_outlive_an_epoch_do_not_change_a_resumed_run(folder: Path, data: Path, tmp_path: Path) -> None:
+    """6 batches an epoch; with dropout, which draws from the generator that a loader would take its seed from."""
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    shared = {"max_steps": 8, "save_steps": 6, "dataloader_multiprocessing_context": "fork"}
+    whole = make(folder, data, tmp_path, **shared, **workers)
+    whole.train()
+    resumed = make(folder, data, tmp_path / "again", **shared, **workers)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    alone = make(folder, data, tmp_path / "alone", max_steps=8, save_steps=6)
+    alone.train()
+    assert curve(resumed) == curve(whole) == curve(alone)
+    assert whole.get_train_dataloader().multiprocessing_context.get_start_method() == "fork"
+
+
 def test_a_checkpoint_without_optimizer_is_not_resumed_in_silence(folder: Path, data: Path, tmp_path: Path) -> None:
     make(folder, data, tmp_path, max_steps=2, save_only_model=True).train()
     with pytest.warns(UserWarning, match=r"checkpoint-2 has no optimizer\.pt \(save_only_model\)"):
