@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +100,22 @@ def test_the_bar_shows_losses_speed_and_time_left_on_80_columns(monkeypatch: pyt
     for part in (" 1234/12000 ", " 123456 tokens/s ", " left ", "loss 1.125, dense 1.125, sparse 1.125"):
         assert part in last, repr(last)
     assert "distil 1.125" in screen.getvalue()
+
+
+def test_two_processes_under_torchrun_print_and_write_once(config: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "m3model.cli", "train", str(config), "--train", str(packed), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 4
+    assert done.stderr.count("6 rows of 1 file") == done.stderr.count("step 4 of 4: loss") == 1
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoint-4").glob("rng_state*")) == [
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    ]
 
 
 @pytest.mark.parametrize(
