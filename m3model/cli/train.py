@@ -99,6 +99,10 @@ def _parse(arguments: Sequence[str]) -> tuple[_Run, M3TrainingArguments]:
         allow_abbrev=False,
     )
     given = list(arguments)
+    options = [word.split("=")[0].replace("-", "_") for word in given if word.startswith("--")]
+    twice = sorted({option for option in options if options.count(option) > 1})
+    if twice:
+        parser.error(f"{', '.join('--' + name[2:] for name in twice)} given more than once; all values go behind one")
     if given and not given[0].startswith("-"):
         known = {action.dest for action in parser._actions}
         given = [*_as_options(Path(given[0]), known, parser), *given[1:]]
@@ -149,7 +153,13 @@ def _yaml_loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [self.construct_object(key, deep=deep) for key, _value in node.value]
+            for place, name in enumerate(names):
+                if name in names[:place]:
+                    raise yaml.YAMLError(f"line {node.value[place][0].start_mark.line + 1}: {name} for the second time")
+            found: dict[Any, Any] = super().construct_mapping(node, deep)
+            return found
 
     truth, number = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
     Loader.yaml_implicit_resolvers = {

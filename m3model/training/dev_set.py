@@ -7,6 +7,7 @@ score of every query with every passage, by each head and by the weighted sum of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -64,6 +65,9 @@ class DevSet:
     ) -> dict[str, float]:
         """Mean nDCG@10 over the queries of each of `heads`, and of "hybrid" where there are several.
 
+        The sparse head finds what shares a token of weight with the query, as an inverted index does; without this a
+        head whose weights are all zero would have the nDCG@10 of the order of the passages.
+
         Raises:
             ImportError: ir-measures is not installed.
         """
@@ -92,8 +96,11 @@ class DevSet:
                 )
             for name, score in scores.items():
                 found = score.topk(min(_DEPTH, len(self.passages)))
+                least = 0.0 if name == "sparse" else -math.inf
                 for query, (values, places) in enumerate(zip(found.values.tolist(), found.indices.tolist()), begin):
-                    runs.setdefault(name, {})[str(query)] = {str(place): value for place, value in zip(places, values)}
+                    runs.setdefault(name, {})[str(query)] = {
+                        str(place): value for place, value in zip(places, values) if value > least
+                    }
         judged = {str(query): dict.fromkeys(map(str, places), 1) for query, places in enumerate(self.relevant)}
         measured = {name: per_query(run, judged, ["nDCG@10"])["nDCG@10"] for name, run in runs.items()}
         return {name: sum(values.values()) / len(values) for name, values in measured.items()}

@@ -125,6 +125,8 @@ def test_two_processes_under_torchrun_print_and_write_once(config: Path, tmp_pat
         (["--temperature", "hot"], "invalid float value"),
         (["--tempreature", "1"], "unknown arguments: --tempreature 1"),
         (["--heads", "dense", "lexical"], "heads are"),
+        (["--train", "a.jsonl", "--train", "b.jsonl"], "--train given more than once"),
+        (["--group-size", "2", "--group_size=3"], "--group_size given more than once"),
         (["--resume_from_checkpoint", "run"], "--resume goes on from the last checkpoint"),
     ],
 )
@@ -137,17 +139,22 @@ def test_bad_configurations_exit_with_status_2(config: Path, tmp_path: Path) -> 
     assert "there is no file" in m3(tmp_path / "none.yaml").stderr
     assert "model and train are needed" in m3("--output_dir", tmp_path / "x").stderr
     broken = tmp_path / "broken.yaml"
-    for content, said in (("learning_rte: 1", "unknown learning_rte"), ("- a", "holds no lines"), ("a: [", "no YAML")):
+    for content, said in (
+        ("learning_rte: 1", "unknown learning_rte"),
+        ("- a", "holds no lines"),
+        ("a: [", "no YAML"),
+        ("group_size: 2\nseed: 1\ngroup_size: 3", "line 3: group_size for the second time"),
+    ):
         broken.write_text(content)
         result = m3(broken)
         assert result.exit_code == 2 and said in result.stderr, result.stderr
 
 
 def test_words_of_yaml_are_those_of_the_options(config: Path) -> None:
-    config.open("a").write(
-        "save_strategy: no\ninit_heads: no\nactivation_checkpointing: on\ndev: null\nquery_instruction: '--query:'\n"
-        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-6}\nadam_epsilon: 1.e-7\n"
-    )
+    lines = [line for line in config.read_text().splitlines() if not line.startswith(("dev:", "save_strategy:"))]
+    lines += ["save_strategy: no", "init_heads: no", "activation_checkpointing: on", "dev: null", "adam_epsilon: 1.e-7"]
+    lines += ["query_instruction: '--query:'", "lr_scheduler_type: cosine_with_min_lr"]
+    config.write_text("\n".join([*lines, "lr_scheduler_kwargs: {min_lr: 1e-6}"]))
     run, args = train_command._parse([str(config), "--weight_decay", "1e-2"])
     assert args.save_strategy == "no" and args.activation_checkpointing is True and run.init_heads is False
     assert args.query_instruction == "--query:" and run.dev is None
