@@ -16,6 +16,7 @@ is a model folder for M3Model.from_pretrained, and training goes on from it as i
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -71,6 +72,7 @@ __all__ = ["M3Trainer", "TrainingDivergedError", "last_checkpoint"]
 
 _UNFINISHED = ".unfinished"
 _STATE = "trainer_state.json"
+_ROWS = "training_rows.json"
 
 
 class TrainingDivergedError(RuntimeError):
@@ -475,6 +477,7 @@ class M3Trainer(Trainer):  # type: ignore[misc]
                 self.state.best_model_checkpoint = str(best)
             if args.should_save:
                 self.state.save_to_json(str(unfinished / name / _STATE))
+                (unfinished / name / _ROWS).write_text(json.dumps(self.train_dataset.digests))
                 _publish(unfinished / name, run / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not args.should_save:
@@ -505,6 +508,8 @@ class M3Trainer(Trainer):  # type: ignore[misc]
             target.load_state_dict(stored.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.is_world_process_zero():
+            self._compare_rows(Path(checkpoint) / _ROWS)
         own = checkpoint is not None and not self.is_deepspeed_enabled
         if own and not Path(str(checkpoint), OPTIMIZER_NAME).is_file():
             warnings.warn(
@@ -513,6 +518,14 @@ class M3Trainer(Trainer):  # type: ignore[misc]
                 stacklevel=2,
             )
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _compare_rows(self, stored: Path) -> None:
+        if stored.is_file() and json.loads(stored.read_text()) != list(self.train_dataset.digests):
+            warnings.warn(
+                f"{stored.parent} was trained on other rows than those of the training files now: from here on batches"
+                " are drawn from these, and the run does not end as it would have",
+                stacklevel=2,
+            )
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -277,6 +277,19 @@ def test_a_checkpoint_without_optimizer_is_not_resumed_in_silence(folder: Path, 
         make(folder, data, tmp_path, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_a_run_that_goes_on_with_other_rows_says_so(folder: Path, data: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(data.read_bytes())
+    make(folder, rows, tmp_path, max_steps=2, save_steps=2).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make(folder, data, tmp_path, max_steps=3).train(resume_from_checkpoint=checkpoint)
+    rows.write_bytes(data.read_bytes().splitlines(keepends=True)[0] + data.read_bytes())
+    with pytest.warns(UserWarning, match="checkpoint-2 was trained on other rows"):
+        make(folder, rows, tmp_path, max_steps=3).train(resume_from_checkpoint=checkpoint)
+
+
 def test_a_length_beyond_the_model_is_reported(folder: Path, data: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="passage_max_length is 9000, but the model serves 8192 tokens"):
         make(folder, data, tmp_path, passage_max_length=9000)
