@@ -1,4 +1,4 @@
-"""The demo's three sets of pairs in a folder, and a sparse head that knows how rare words are in the training set.
+"""The demo's two sets of pairs in a folder, and a sparse head that knows how rare words are in the training set.
 
 FOLDER/documents.jsonl         the held-out pairs, which are searched
 FOLDER/documents.facts.json    what they were made of: a second run takes them as they are if that is the same
@@ -27,15 +27,16 @@ from m3model.model import M3Model
 
 __all__ = ["Collection", "digest", "make_collection", "with_token_weights"]
 
-_RECIPE = 4
-_SAMPLE_TOKENS = 12_000
+_RECIPE = 5
+_SAMPLE_TOKENS = 24_000
+_SAMPLE_LENGTH = 96
+"""Tokens of a text in the sample: many beginnings tell more than a few whole texts."""
 
 
 class Collection(NamedTuple):
-    """Three sets of pairs (docstrings.py), and the tokens of the bodies of the first."""
+    """The sets of pairs (docstrings.py), and the tokens of the bodies of the first."""
 
     held_out: list[Pair]
-    development: list[Pair]
     training: list[Pair]
     tokens: int
 
@@ -51,7 +52,7 @@ def make_collection(folder: Path, model: M3Model, tokens: int) -> Collection:
         if stored["made_of"] == facts and stored["sha256"] == _sha256(path.read_bytes()):
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             held_out = [Pair(row["id"], row["summary"], row["text"]) for row in rows]
-            return Collection(held_out, *apart(pairs, held_out), stored["tokens"])
+            return Collection(held_out, apart(pairs, held_out), stored["tokens"])
     tokenizer, limit, prefix = model.tokenization(model.max_length, "passage")
     searched = [pair for pair in pairs if is_searched(pair)]
     lengths = [len(ids) for ids in tokenizer.encode([pair.body for pair in searched], limit, prefix).ids]
@@ -64,12 +65,11 @@ def make_collection(folder: Path, model: M3Model, tokens: int) -> Collection:
     write_whole(facts_path, json.dumps({"made_of": facts, "sha256": _sha256(content), "tokens": used}))
     longest = max(length_of[pair.name] for pair in chosen)
     message(f"  {len(chosen)} of {len(pairs)} pairs, {used} tokens, the longest body {longest} tokens")
-    return Collection(chosen, *apart(pairs, chosen), used)
+    return Collection(chosen, apart(pairs, chosen), used)
 
 
-def with_token_weights(folder: Path, model: M3Model, collection: Collection) -> M3Model:
-    """The model with a sparse head fitted to the training pairs, saved; as it is if it was fitted to them before."""
-    pairs = collection.training
+def with_token_weights(folder: Path, model: M3Model, pairs: Sequence[Pair]) -> M3Model:
+    """The model with a sparse head fitted to `pairs`, saved in FOLDER/model; as it is if that was done before."""
     made_of = {"recipe": _RECIPE, "pairs": digest(pairs)}
     if model.config.others.get("token_weights") == made_of:
         return model
@@ -79,8 +79,8 @@ def with_token_weights(folder: Path, model: M3Model, collection: Collection) -> 
     shuffled = sorted(zip(bodies, summaries), key=lambda texts: _sha256(texts[0].tobytes()))
     sample, used = [], 0
     for ids in itertools.chain.from_iterable(shuffled):
-        sample.append(ids)
-        used += len(ids)
+        sample.append(ids[:_SAMPLE_LENGTH])
+        used += len(sample[-1])
         if used >= _SAMPLE_TOKENS:
             break
     fit_token_weights(model, bodies, sample)

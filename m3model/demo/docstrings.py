@@ -5,20 +5,19 @@
     body         everything after it, at least 200 characters
     no leak      a body that repeats its summary is left out; so is a summary or a body that occurred before
 
-They fall into three sets without a common pair, and no body that is trained on is like one of the others (`_unlike`):
+They fall into two sets:
 
     held out     torch and numpy: what the demo searches and measures. All cannot be encoded in minutes: the LONGEST
                  longest bodies are taken and those that the demo's questions ask for, then others of at most USUAL
                  tokens, from the end of the order of a hash of their names, until the tokens are used up
-    development  torch and numpy: DEVELOPMENT others from the beginning of that order, and those that are not trained on
-                 because their bodies are like others. Choices are made on them (benchmarks/report_demo.py); the demo
-                 itself leaves them alone
-    training     what is left, scipy included
+    training     the others, scipy included, whose bodies are like none that is held out (`_unlike`)
 
-_DRAW counts the draws of the sets: a recipe is measured on held-out pairs that were not looked at with it. Another
-draw gives no fresh ones: nearly all pairs of at most USUAL tokens are held out or development pairs now. With torch
-2.13.0, numpy 2.4.6 and scipy 1.17.1 draw 3 would hold out 746: 429 that draw 2 holds out, 310 of its development
-pairs, on which the recipe of today was chosen, and 6 of its training pairs.
+Choices are made without the held-out pairs, in two folds (benchmarks/report_demo.py): short pairs of torch and numpy
+that are not held out fall into two halves; each half is searched by a model that was trained on training pairs whose
+bodies are like none of that half.
+
+_DRAW counts the draws of the sets. Another draw gives no fresh held-out pairs: nearly all of at most USUAL tokens are
+held out or in a fold now.
 """
 
 from __future__ import annotations
@@ -34,23 +33,23 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 __all__ = [
-    "DEVELOPMENT",
     "LONGEST",
     "MODULES",
     "USUAL",
+    "Fold",
     "Pair",
     "apart",
     "choose",
     "collect",
+    "folds",
     "is_searched",
     "split_docstring",
 ]
 
 LONGEST = 2
 USUAL = 512
-DEVELOPMENT = 450
 _DEVELOPMENT_CHARACTERS = 1700
-"""Of the longest body among them, about USUAL tokens."""
+"""Of the longest development body, about USUAL tokens."""
 _DRAW = 2
 _ALIKE = 0.5
 _RUN = 8
@@ -83,6 +82,13 @@ class Pair(NamedTuple):
     name: str
     summary: str
     body: str
+
+
+class Fold(NamedTuple):
+    """Pairs to search, and pairs to train on for that."""
+
+    development: list[Pair]
+    training: list[Pair]
 
 
 def collect() -> list[Pair]:
@@ -131,16 +137,19 @@ def choose(pairs: Sequence[Pair], lengths: Sequence[int], budget: int, always: C
     return [pairs[number] for number in sorted(chosen)]
 
 
-def apart(pairs: Sequence[Pair], held_out: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """The development and the training pairs among `pairs`, in order, when `held_out` are searched."""
+def apart(pairs: Sequence[Pair], held_out: Sequence[Pair]) -> list[Pair]:
+    """The training pairs among `pairs`, in order, when `held_out` are searched."""
     held = {pair.name for pair in held_out}
-    others = _unlike([pair for pair in pairs if pair.name not in held], held_out)
-    short = [n for n, pair in enumerate(others) if _is_short(pair)]
-    chosen = set(_shuffled(short, others)[: min(DEVELOPMENT, len(others) // 3)])
-    training = _unlike([p for n, p in enumerate(others) if n not in chosen], [others[number] for number in chosen])
-    trained_on = {pair.name for pair in training}
-    development = [p for p in pairs if p.name not in held and p.name not in trained_on and _is_short(p)]
-    return development, training
+    return _unlike([pair for pair in pairs if pair.name not in held], held_out)
+
+
+def folds(pairs: Sequence[Pair], held_out: Sequence[Pair]) -> tuple[Fold, Fold]:
+    """The two folds of `pairs` without `held_out`."""
+    held = {pair.name for pair in held_out}
+    short = [n for n, p in enumerate(pairs) if p.name not in held and is_searched(p) and _is_short(p)]
+    shuffled, training = _shuffled(short, pairs), apart(pairs, held_out)
+    first, second = ([pairs[number] for number in sorted(shuffled[half::2])] for half in (0, 1))
+    return Fold(first, apart(training, first)), Fold(second, apart(training, second))
 
 
 def _unlike(pairs: Sequence[Pair], others: Sequence[Pair]) -> list[Pair]:
@@ -171,7 +180,7 @@ def _runs(text: str) -> set[tuple[str, ...]]:
 
 
 def _is_short(pair: Pair) -> bool:
-    return is_searched(pair) and len(pair.body) <= _DEVELOPMENT_CHARACTERS
+    return len(pair.body) <= _DEVELOPMENT_CHARACTERS
 
 
 def is_searched(pair: Pair) -> bool:

@@ -1,7 +1,8 @@
 """What each head finds in the demo: every held-out summary looks for its body among all held-out bodies.
 
-MRR@10   mean over the summaries of 1 / place of the body, 0 beyond the tenth
-lead     MRR@10 of the hybrid less that of a head, with the standard error of the mean of the paired differences
+nDCG@10   mean over the summaries of 1 / log2(1 + place of the body), 0 beyond the tenth: there is one right body
+MRR@10    of 1 / place likewise
+lead      a measure of the hybrid less that of a head, with the standard error of the mean of the paired differences
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from m3model.retrieval import ExactIndex, fingerprint, same_model
 from m3model.retrieval.storage import is_index
 from m3model.retrieval.streaming import ingest_stream
 
-__all__ = ["MEASURED_HEADS", "Lead", "Measured", "index_of", "lead", "measure", "measure_before", "reciprocal", "show"]
+__all__ = ["MEASURED_HEADS", "MEASURES", "Lead", "Measured", "index_of", "lead", "measure", "measure_before", "show"]
 
 MEASURED_HEADS = ("dense", "sparse", "multi_vector", "all")
 _BLOCK = 32
 
 Places = dict[str, list[int]]
+Values = NDArray[np.float64]
 
 
 class Measured(NamedTuple):
@@ -109,37 +111,44 @@ def measure_before(folder: Path, model: M3Model, collection: Collection, weights
 
 
 def show(measured: Sequence[Measured], pairs: int) -> None:
-    """MRR@10 and Recall@10 of each head, before the training and after it, and the lead of the hybrid."""
+    """What each head measures, before the training and after it, and the lead of the hybrid."""
     moments = ["before", "after"] if len(measured) > 1 else ["now"]
     rows = []
     for head in MEASURED_HEADS:
-        places = [one.places[head] for one in measured]
-        recalls = [f"{np.mean([place > 0 for place in found]):.3f}" for found in places]
-        rows.append([_shown(head), *(f"{reciprocal(found).mean():.3f}" for found in places), *recalls])
-    columns = ["head", *(f"MRR@10_{moment}" for moment in moments), *(f"Recall@10_{moment}" for moment in moments)]
+        values = [f"{of_place(one.places[head]).mean():.3f}" for of_place in MEASURES.values() for one in measured]
+        rows.append([_shown(head), *values])
+    columns = ["head", *(f"{name}_{moment}" for name in MEASURES for moment in moments)]
     title = f"{pairs} summaries, each looking for its body among {pairs}"
     print_table(columns, rows, title=title, right=" ".join(columns[1:]))
     mixes = [" : ".join(f"{weight:g}" for weight in one.weights) for one in measured]
-    leads = [
-        f"{found.mean:+.3f} ± {found.error:.3f} on {_shown(head)}"
-        for head in MEASURED_HEADS[:-1]
-        for found in [lead(measured[-1].places, head)]
-    ]
-    stdout().print(
-        f"hybrid = dense, sparse and multi-vector in proportions of {', then '.join(mixes)}. The lead of its MRR@10:"
-        f" {', '.join(leads)} (± one standard error over the summaries, of this one training).\n"
-    )
+    stdout().print(f"hybrid = dense, sparse and multi-vector in proportions of {', then '.join(mixes)}.")
+    for name in MEASURES:
+        leads = [
+            f"{found.mean:+.3f} ± {found.error:.3f} on {_shown(head)}"
+            for head in MEASURED_HEADS[:-1]
+            for found in [lead(name, measured[-1].places, head)]
+        ]
+        stdout().print(f"The lead of its {name}: {', '.join(leads)}.")
+    stdout().print("± is one standard error over the summaries, of this one training.\n")
 
 
-def lead(places: Mapping[str, Sequence[int]], head: str) -> Lead:
-    """How far the hybrid's MRR@10 is ahead of that of `head`."""
-    gains = reciprocal(places["all"]) - reciprocal(places[head])
+def lead(measure: str, places: Mapping[str, Sequence[int]], head: str) -> Lead:
+    """How far the hybrid is ahead of `head` by one of MEASURES."""
+    of_place = MEASURES[measure]
+    gains = of_place(places["all"]) - of_place(places[head])
     return Lead(float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains))))
 
 
-def reciprocal(places: Sequence[int]) -> NDArray[np.float64]:
-    """1 / place, 0 for place 0."""
+def _discounted(places: Sequence[int]) -> Values:
+    return np.array([1.0 / np.log2(1 + place) if place else 0.0 for place in places])
+
+
+def _reciprocal(places: Sequence[int]) -> Values:
     return np.array([1.0 / place if place else 0.0 for place in places])
+
+
+MEASURES = {"nDCG@10": _discounted, "MRR@10": _reciprocal}
+"""By name, the value of every summary from its body's places: 1 for the first, 0 for place 0."""
 
 
 def _shown(head: str) -> str:

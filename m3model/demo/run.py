@@ -1,14 +1,14 @@
 """The demonstration from an empty folder to answered questions, in stages that a second run does not repeat.
 
 model         the embedded backbone as an M3 folder                                  FOLDER/model
-collection    docstrings as pairs of summary and body, in three sets                  FOLDER/documents.jsonl
+collection    docstrings as pairs of summary and body, in two sets                    FOLDER/documents.jsonl
 token weights the sparse head fitted to the training pairs                            FOLDER/model
 before        every held-out summary looks for its body with the model as it is       FOLDER/before.json
 train         all heads on the training pairs                                         FOLDER/trained
 index         the held-out bodies encoded by the trained model, and searched again    FOLDER/index
 ask           questions in eight languages
 
-Several seeds, and the choice of the hybrid's weights on the development pairs: `python -m benchmarks.report_demo`.
+Several seeds, and the choice of the hybrid's weights in two folds: `python -m benchmarks.report_demo`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run_demo(folder: Path, tokens: int, steps: int, seed: int) -> None:
         collection = make_collection(folder, model, tokens)
     pairs, rows = collection.held_out, collection.training
     with _stage("token weights", "the sparse head, fitted to how rare words are in the training pairs"):
-        model = with_token_weights(folder, model, collection)
+        model = with_token_weights(folder, model, rows)
     measured, place, weights = [], folder / "model", UNTRAINED_WEIGHTS
     what = f"{len(pairs)} held-out bodies, {collection.tokens} tokens; every summary looks for its body"
     if steps and len(rows) >= _LEAST_ROWS:

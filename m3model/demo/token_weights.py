@@ -2,15 +2,18 @@
 
 The head gives a token the weight relu(w · h + b) of its hidden state h. Here w and b are the ridge regression of
 
-    target(t) = SCALE · √idf(t),   idf(t) = log(1 + (N − df(t) + ½) / (df(t) + ½))        (as in BM25, Robertson 2009)
+    target(t) = SCALE · (√idf(t) − √log 2)
+    idf(t)    = log(1 + (N − df(t) + ½) / (df(t) + ½))        (as in BM25, Robertson 2009)
 
-on the hidden states of the tokens of a sample of texts, df counted in the whole collection. A token shared by query and
-document then adds about SCALE² · idf(t), as in BM25, and the head knows rare from common also in words and languages
-that the collection does not hold, because the hidden state tells. Training starts from there or from the constant head.
+on the hidden states of the tokens of a sample of texts, df counted in the whole collection. A token that half of the
+texts hold weighs nothing; the rarer one is, the more it adds where query and document share it. The head knows rare
+from common also in words and languages that the collection does not hold, because the hidden state tells. Training
+starts from there or from the constant head.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,7 +51,7 @@ def fit_token_weights(
         counted = ~torch.isin(ids, torch.tensor(model.config.ignored_token_ids, dtype=torch.int32))
         rows = torch.cat([hidden[counted], torch.ones(int(counted.sum()), 1, dtype=torch.float64)], dim=1)
         gram += rows.T @ rows
-        moment += rows.T @ (SCALE * idf[ids[counted].long()].sqrt())
+        moment += rows.T @ (SCALE * (idf[ids[counted].long()].sqrt() - math.sqrt(math.log(2))))
     ridge = RIDGE * gram.diagonal()[:-1].mean() * torch.ones(width + 1, dtype=torch.float64)
     ridge[-1] = 0.0
     solution = torch.linalg.solve(gram + torch.diag(ridge), moment)

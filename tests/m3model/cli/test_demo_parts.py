@@ -1,4 +1,4 @@
-"""Parts of the demo: how docstrings become pairs in three sets, what the fitted sparse head knows, what is measured."""
+"""Parts of the demo: sets and folds of docstrings, what the fitted sparse head knows, what is measured."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from m3model import M3Model
-from m3model.demo.docstrings import DEVELOPMENT, LONGEST, USUAL, Pair, apart, choose, collect, split_docstring
-from m3model.demo.fine_tuning import _files
-from m3model.demo.measuring import lead, measure, reciprocal
+from m3model.demo.docstrings import LONGEST, USUAL, Pair, apart, choose, collect, folds, split_docstring
+from m3model.demo.fine_tuning import _LEAST_CHARACTERS, _MOST_CHARACTERS, _beginning, _files
+from m3model.demo.measuring import MEASURES, lead, measure
 from m3model.demo.questions import QUESTIONS
 from m3model.demo.token_weights import SCALE, fit_token_weights
 from m3model.retrieval import Ranking
@@ -86,27 +86,39 @@ def words(begin: int, count: int = 60) -> str:
     return " ".join(f"w{number}" for number in range(begin, begin + count))
 
 
-def test_no_body_that_is_trained_on_is_like_another() -> None:
+def test_no_body_that_is_trained_on_is_like_one_that_is_searched() -> None:
     held_out = [Pair("numpy.a", "s", words(0))]
+    others = [Pair(f"torch.{n}", "s", words(1000 * n)) for n in range(1, 31)]
+    alike = [Pair(f"scipy.{n}", "s", words(1000 * n + 10)) for n in range(1, 31)]
     pairs = [
         *held_out,
         Pair("torch.alike", "s", words(20)),  # 33 of 53 runs of eight words
         Pair("scipy.contained", "s", f"{words(10, 20)} {words(9000, 5)}"),
         Pair("scipy.apart", "s", words(40)),  # 13 of 53
-        *(Pair(f"torch.{n}", "s", words(1000 * n)) for n in range(1, 31)),
-        *(Pair(f"scipy.{n}", "s", words(1000 * n + 10)) for n in range(1, 31)),
+        Pair("torch.long", "s", words(10**6, 300)),
+        *others,
+        *alike,
     ]
-    development, training = apart(pairs, held_out)
-    assert len(development) == 21 and {pair.name.split(".")[0] for pair in development} == {"torch"}
-    assert "torch.alike" in {pair.name for pair in development}
-    names = {pair.name for pair in training}
-    assert "scipy.apart" in names and not names & {"numpy.a", "torch.alike", "scipy.contained"}
-    # scipy.N is like torch.N, which is in the development set or in that of training.
-    chosen = {pair.name.split(".")[1] for pair in development}
-    assert names == {
-        "scipy.apart",
-        *(f"{p}.{n}" for n in range(1, 31) for p in ("torch", "scipy") if str(n) not in chosen),
-    }
+    training = apart(pairs, held_out)
+    names = {pair.name for pair in pairs} - {"numpy.a", "torch.alike", "scipy.contained"}
+    assert {pair.name for pair in training} == names
+    searched = [[pair.name for pair in fold.development] for fold in folds(pairs, held_out)]
+    assert sorted(searched[0] + searched[1]) == sorted(["torch.alike", *(pair.name for pair in others)])
+    assert {len(names) for names in searched} == {15, 16}
+    for fold in folds(pairs, held_out):
+        # scipy.N is like torch.N, scipy.apart like torch.alike.
+        there = {pair.name.split(".")[1].replace("alike", "apart") for pair in fold.development}
+        assert {pair.name for pair in fold.training} == {name for name in names if name.split(".")[1] not in there}
+
+
+def test_bodies_of_rows_are_beginnings_of_every_length() -> None:
+    pairs = [Pair(f"numpy.{n}", "s", f"{n} {BODY}" * 10) for n in range(400)]
+    lengths = np.array([len(_beginning(pair)) for pair in pairs])
+    assert all(pair.body.startswith(_beginning(pair)) for pair in pairs)
+    assert lengths.min() >= _LEAST_CHARACTERS and lengths.max() <= _MOST_CHARACTERS
+    middle = (_LEAST_CHARACTERS * _MOST_CHARACTERS) ** 0.5
+    assert 160 < (lengths < middle).sum() < 240
+    assert _beginning(Pair("numpy.1", "s", "short")) == "short"
 
 
 def test_a_module_that_fills_a_batch_has_a_file_of_its_own() -> None:
@@ -120,17 +132,20 @@ def test_a_module_that_fills_a_batch_has_a_file_of_its_own() -> None:
     assert files == _files(pairs[::-1])
 
 
-def test_the_three_sets_of_this_installation_are_disjoint() -> None:
+def test_the_sets_of_this_installation_are_disjoint() -> None:
     pairs = collect()
     lengths = [len(pair.body) // 4 for pair in pairs]
     held_out = choose(pairs, lengths, 150_000)
-    development, training = apart(pairs, held_out)
-    sets = [held_out, development, training]
-    assert len(held_out) > 400 and len(development) > DEVELOPMENT and len(training) > 1000
-    for part in ("name", "summary", "body"):
-        assert len({getattr(pair, part) for some in sets for pair in some}) == sum(map(len, sets))
-    assert {pair.name.split(".")[0] for pair in held_out + development} == {"torch", "numpy"}
-    assert apart(pairs, held_out) == (development, training)
+    training, (first, second) = apart(pairs, held_out), folds(pairs, held_out)
+    assert len(held_out) > 400 and len(training) > 1500 and abs(len(first.development) - len(second.development)) <= 1
+    for sets in ([held_out, training], [held_out, first.development, second.development]):
+        for part in ("name", "summary", "body"):
+            assert len({getattr(pair, part) for some in sets for pair in some}) == sum(map(len, sets))
+    assert {pair.name.split(".")[0] for pair in held_out + first.development} == {"torch", "numpy"}
+    for fold in (first, second):
+        assert len(fold.development) > 200 and set(fold.training) < set(training) - set(fold.development)
+        assert len(fold.training) > len(training) - 2 * len(fold.development)
+    assert apart(pairs, held_out) == training and folds(pairs, held_out) == (first, second)
 
 
 def test_the_collection_is_the_same_in_every_process() -> None:
@@ -151,9 +166,10 @@ def test_the_fitted_head_gives_rare_tokens_more_weight(model: M3Model, folder: o
     fit_token_weights(own, ids, ids)
     weights = own.encode(["the river and the city"], dense=False, multi_vector=False).sparse.to_dicts()[0]
     token = {own.tokenizer.token(number): weight for number, weight in weights.items()}
-    assert token["▁river"] > 2 * max(token["▁city"], token.get("▁the", 0.0), token.get("▁and", 0.0))
-    # SCALE · √idf with df = 1 of 40; one text of forty, so the fit is not exact.
-    assert token["▁river"] == pytest.approx(SCALE * np.sqrt(np.log1p(39.5 / 1.5)), rel=0.5)
+    assert token["▁river"] > 2 * max(token.get("▁city", 0.0), token.get("▁the", 0.0), token.get("▁and", 0.0))
+    # df = 1 of 40; one text of forty, so the fit is not exact.
+    assert token["▁river"] == pytest.approx(SCALE * (np.sqrt(np.log1p(39.5 / 1.5)) - np.sqrt(np.log(2))), rel=0.5)
+    assert token.get("▁the", 0.0) < 0.1 * SCALE
 
 
 class Index:
@@ -182,9 +198,11 @@ def test_a_body_stands_behind_all_that_score_as_much(model: M3Model) -> None:
 
 
 def test_places_beyond_the_tenth_count_nothing_and_leads_are_paired() -> None:
-    assert reciprocal([1, 2, 0, 4]).tolist() == [1, 0.5, 0, 0.25]
-    found = lead({"all": [1, 2, 1, 0], "dense": [2, 2, 1, 0]}, "dense")
-    gains = [0.5, 0, 0, 0]
-    assert found.mean == pytest.approx(0.125)
-    assert found.error == pytest.approx(np.std(gains, ddof=1) / 2)
-    assert lead({"all": [1, 2], "dense": [1, 2]}, "dense") == (0, 0)
+    assert MEASURES["MRR@10"]([1, 2, 0, 4]).tolist() == [1, 0.5, 0, 0.25]
+    assert MEASURES["nDCG@10"]([1, 3, 0, 7]).tolist() == pytest.approx([1, 0.5, 0, 1 / 3])
+    places = {"all": [1, 3, 1, 0], "dense": [3, 3, 1, 0]}
+    for name, gain in (("MRR@10", 2 / 3), ("nDCG@10", 0.5)):
+        found = lead(name, places, "dense")
+        assert found.mean == pytest.approx(gain / 4)
+        assert found.error == pytest.approx(np.std([gain, 0, 0, 0], ddof=1) / 2)
+        assert lead(name, {"all": [1, 2], "dense": [1, 2]}, "dense") == (0, 0)
