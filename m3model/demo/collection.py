@@ -1,6 +1,7 @@
 """The demo's two sets of pairs in a folder, and a sparse head that knows how rare words are in the training set.
 
 FOLDER/documents.jsonl         the held-out pairs, which are searched
+FOLDER/training.jsonl          the training pairs
 FOLDER/documents.facts.json    what they were made of: a second run takes them as they are if that is the same
 """
 
@@ -27,6 +28,8 @@ from m3model.model import M3Model
 
 __all__ = ["Collection", "digest", "make_collection", "with_token_weights"]
 
+_HELD_OUT = "documents.jsonl"
+_TRAINING = "training.jsonl"
 _RECIPE = 5
 _SAMPLE_TOKENS = 24_000
 _SAMPLE_LENGTH = 96
@@ -43,29 +46,40 @@ class Collection(NamedTuple):
 
 def make_collection(folder: Path, model: M3Model, tokens: int) -> Collection:
     """The sets of this installation, about `tokens` tokens of bodies held out."""
-    pairs = collect()
     versions = {package.__name__: package.__version__ for package in (torch, np, scipy)}
     facts = {"recipe": _RECIPE, **versions, "budget": tokens}
-    path, facts_path = folder / "documents.jsonl", folder / "documents.facts.json"
-    if path.is_file() and facts_path.is_file():
+    paths, facts_path = [folder / _HELD_OUT, folder / _TRAINING], folder / "documents.facts.json"
+    if all(path.is_file() for path in (*paths, facts_path)):
         stored = json.loads(facts_path.read_text(encoding="utf-8"))
-        if stored["made_of"] == facts and stored["sha256"] == _sha256(path.read_bytes()):
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            held_out = [Pair(row["id"], row["summary"], row["text"]) for row in rows]
-            return Collection(held_out, apart(pairs, held_out), stored["tokens"])
+        if stored["made_of"] == facts and stored["sha256"] == [_sha256(path.read_bytes()) for path in paths]:
+            held_out, training = map(_read, paths)
+            return Collection(held_out, training, stored["tokens"])
+    pairs = collect()
     tokenizer, limit, prefix = model.tokenization(model.max_length, "passage")
     searched = [pair for pair in pairs if is_searched(pair)]
     lengths = [len(ids) for ids in tokenizer.encode([pair.body for pair in searched], limit, prefix).ids]
     length_of = {pair.name: length for pair, length in zip(searched, lengths)}
     chosen = choose(searched, lengths, tokens, {name for question in QUESTIONS for name in question.answers})
+    training = apart(pairs, chosen)
     used = sum(length_of[pair.name] for pair in chosen)
-    lines = [json.dumps({"id": p.name, "summary": p.summary, "text": p.body}, ensure_ascii=False) for p in chosen]
-    content = ("\n".join(lines) + "\n").encode("utf-8")
-    write_whole(path, content)
-    write_whole(facts_path, json.dumps({"made_of": facts, "sha256": _sha256(content), "tokens": used}))
+    sums = [_write(path, some) for path, some in zip(paths, (chosen, training))]
+    write_whole(facts_path, json.dumps({"made_of": facts, "sha256": sums, "tokens": used}))
     longest = max(length_of[pair.name] for pair in chosen)
     message(f"  {len(chosen)} of {len(pairs)} pairs, {used} tokens, the longest body {longest} tokens")
-    return Collection(chosen, apart(pairs, chosen), used)
+    return Collection(chosen, training, used)
+
+
+def _write(path: Path, pairs: Sequence[Pair]) -> str:
+    """Write the pairs as JSON lines; the digest of the file."""
+    lines = [json.dumps({"id": p.name, "summary": p.summary, "text": p.body}, ensure_ascii=False) for p in pairs]
+    content = ("\n".join(lines) + "\n").encode("utf-8")
+    write_whole(path, content)
+    return _sha256(content)
+
+
+def _read(path: Path) -> list[Pair]:
+    rows = map(json.loads, path.read_bytes().splitlines())
+    return [Pair(row["id"], row["summary"], row["text"]) for row in rows]
 
 
 def with_token_weights(folder: Path, model: M3Model, pairs: Sequence[Pair]) -> M3Model:

@@ -49,7 +49,9 @@ def demo(folder: Path, *options: str) -> Result:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_demo_ends_with_figures_answers_and_commands_and_is_not_repeated(tmp_path: Path) -> None:
+def test_the_demo_ends_with_figures_answers_and_commands_and_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "demo"
     result = demo(folder)
     assert result.exit_code == 0, result.output
@@ -81,6 +83,8 @@ def test_the_demo_ends_with_figures_answers_and_commands_and_is_not_repeated(tmp
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
     weights = (folder / "model" / "sparse_linear.pt").read_bytes()
     stamp = (folder / "trained" / "config.json").stat().st_mtime_ns
+    others = [pair._replace(body=f"{pair.body} anew") for pair in EXTRA]
+    monkeypatch.setattr(collection, "collect", lambda: PAIRS + others)  # docstrings that another process makes
     (folder / "before").mkdir()  # as a kill leaves it between what was measured and the end of its index
     again = demo(folder)
     assert not (folder / "before").exists()
@@ -151,6 +155,9 @@ def test_an_index_of_another_model_or_collection_is_made_anew(tmp_path: Path) ->
     (folder / "documents.jsonl").write_text("damaged")
     assert demo(folder).exit_code == 0
     assert len((folder / "documents.jsonl").read_text().splitlines()) == len(PAIRS)
+    (folder / "training.jsonl").unlink()
+    assert demo(folder).exit_code == 0
+    assert len((folder / "training.jsonl").read_text().splitlines()) == len(EXTRA)
 
 
 @pytest.mark.usefixtures("small")
