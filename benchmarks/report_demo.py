@@ -62,7 +62,17 @@ from m3model.cli.demo import STEPS, TOKENS
 from m3model.demo.collection import Collection, make_collection, with_token_weights
 from m3model.demo.docstrings import Fold, Pair, collect, folds
 from m3model.demo.fine_tuning import HYBRID_WEIGHTS, UNTRAINED_WEIGHTS, Weights, fine_tuned
-from m3model.demo.measuring import MEASURED_HEADS, MEASURES, Measured, index_of, measure, measure_before
+from m3model.demo.measuring import (
+    MEASURED_HEADS,
+    MEASURES,
+    Measured,
+    Places,
+    Values,
+    index_of,
+    measure,
+    measure_before,
+    place_of,
+)
 from m3model.embedded import make_embedded_backbone
 from m3model.scoring import HEADS, head_scores
 
@@ -72,8 +82,6 @@ DENSE = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
 SPARSE = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
 CHOSEN_BY = "nDCG@10"
 TOLERANCE = 0.001
-Values = NDArray[np.float64]
-Places = dict[str, list[int]]
 
 
 def choose(seeds: Sequence[int]) -> dict[str, Any]:
@@ -183,10 +191,8 @@ def development_scores(model: M3Model, pairs: Sequence[Pair]) -> list[torch.Tens
 
 
 def places_of(scores: torch.Tensor) -> NDArray[np.int64]:
-    """The place of column i in row i of `scores` [N, N], behind all that score as much; 0 beyond the tenth."""
-    places = (scores >= scores.diagonal()[:, None]).sum(1)
-    found: NDArray[np.int64] = torch.where(places <= 10, places, 0).numpy()
-    return found
+    """The place of column i in row i of `scores` [N, N]."""
+    return np.array([place_of(row, number) for number, row in enumerate(scores.numpy())])
 
 
 def differences(gains: Values, seeds: Sequence[str]) -> dict[str, Any]:

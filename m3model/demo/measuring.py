@@ -30,7 +30,20 @@ from m3model.retrieval import ExactIndex, fingerprint, same_model
 from m3model.retrieval.storage import is_index
 from m3model.retrieval.streaming import ingest_stream
 
-__all__ = ["MEASURED_HEADS", "MEASURES", "Lead", "Measured", "index_of", "lead", "measure", "measure_before", "show"]
+__all__ = [
+    "MEASURED_HEADS",
+    "MEASURES",
+    "Lead",
+    "Measured",
+    "Places",
+    "Values",
+    "index_of",
+    "lead",
+    "measure",
+    "measure_before",
+    "place_of",
+    "show",
+]
 
 MEASURED_HEADS = ("dense", "sparse", "multi_vector", "all")
 _BLOCK = 32
@@ -91,9 +104,14 @@ def measure(index: ExactIndex, model: M3Model, pairs: Sequence[Pair], weights: W
         right = found.ids.index(pair.name)
         for head, scores in zip(MEASURED_HEADS, (found.dense, found.sparse, found.multi_vector, found.score)):
             assert scores is not None
-            place = int((scores >= scores[right]).sum())  # behind all that score as much
-            places[head].append(place if place <= 10 else 0)
+            places[head].append(place_of(scores, right))
     return Measured(weights, places)
+
+
+def place_of(scores: NDArray[np.float32], right: int) -> int:
+    """The place of number `right` among `scores`, behind all that score as much; 0 beyond the tenth."""
+    place = int((scores >= scores[right]).sum())
+    return place if place <= 10 else 0
 
 
 def measure_before(folder: Path, model: M3Model, collection: Collection, weights: Weights) -> Measured:
